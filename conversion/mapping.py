@@ -1,11 +1,11 @@
 """One rename engine for every source of weights, and the law of coverage that it enforces.
 
-A source is described by an ordered table; the first row whose pattern fits a name decides. The law: every source tensor
-is used or dropped with a written reason, every target is filled or listed as new with a reason, and shapes agree.
-Whatever breaks the law raises `CoverageError`, which shows the whole table.
+A source is described by an ordered table; the first row whose pattern fits a name decides. The law: every source
+tensor is used or dropped with a written reason, every target is filled or listed as new with a reason, and shapes
+agree. Whatever breaks the law raises `CoverageError`, which shows the whole table.
 
-Patterns are names with placeholders. `{leaf}` stands for one part between dots, `{rest}` for one or more parts, and any
-other placeholder for an integer, to which either side may add a constant: `norm{i}.{leaf}` ↔ `norms.{i-1}.{leaf}`.
+Patterns are names with placeholders. `{leaf}` stands for one part between dots, `{rest}` for one or more parts, and
+any other placeholder for an integer, to which either side may add a constant: `norm{i}.{leaf}` ↔ `norms.{i-1}.{leaf}`.
 """
 
 import functools
@@ -70,7 +70,7 @@ Table = tuple[Row, ...]
 class Conversion:
     """What a conversion did.
 
-    tensors: by target name; views of the source wherever no value changes, so that a memory-mapped source stays on disk.
+    tensors: by target name; views of the source wherever no value changes, so a memory-mapped source stays on disk.
     used: source name → the target names it became. dropped, filled, new: name → reason.
     """
 
@@ -159,11 +159,12 @@ def convert(state: State, table: Table, expected: Shapes) -> Conversion:
 
     state: the source's tensors. expected: name and shape of everything that the model holds.
 
-    Raises: CoverageError: a source tensor has no row or a name the model lacks, a target is filled twice or not at all,
-    or a shape disagrees.
+    Raises: CoverageError: a source tensor has no row or a name the model lacks, a target is filled twice or not at
+    all, or a shape disagrees.
     """
-    done, problems = Conversion(), []
+    done, problems, meant = Conversion(), [], set()
     sources = [row for row in table if isinstance(row, Rename | Split | Drop)]
+    absences = [row for row in table if isinstance(row, Fill | New)]
     for source, tensor in state.items():
         row, values = _first_match(sources, source)
         if row is None:
@@ -171,23 +172,22 @@ def convert(state: State, table: Table, expected: Shapes) -> Conversion:
         elif isinstance(row, Drop):
             done.dropped[source] = row.reason
         else:
-            patterns = row.targets if isinstance(row, Split) else (row.target,)
-            targets = tuple(expand(pattern, values) for pattern in patterns)
-            problem = _fill(done.tensors, source, tensor, row, targets, expected)
-            if problem is None:
-                done.used[source] = targets
-            else:
+            targets = tuple(expand(pattern, values) for pattern in _targets(row))
+            meant.update(targets)
+            try:
+                parts = _parts(tensor, row, targets, expected, done.tensors)
+            except ValueError as problem:
                 problems.append(f"{source} {list(tensor.shape)}: {problem}")
-    claimed = done.tensors.keys() | {name for problem in problems for name in expected if f" {name} " in problem}
-    for target in expected:
-        if target in claimed:
-            continue
-        absent, _ = _first_match([row for row in table if isinstance(row, Fill | New)], target)
-        if isinstance(absent, Fill):
-            done.tensors[target] = torch.full(expected[target], absent.value)
-            done.filled[target] = absent.reason
-        elif isinstance(absent, New):
-            done.new[target] = absent.reason
+            else:
+                done.tensors.update(parts)
+                done.used[source] = targets
+    for target in (name for name in expected if name not in meant):
+        row, _ = _first_match(absences, target)
+        if isinstance(row, Fill):
+            done.tensors[target] = torch.full(expected[target], row.value)
+            done.filled[target] = row.reason
+        elif isinstance(row, New):
+            done.new[target] = row.reason
         else:
             problems.append(f"{target} {list(expected[target])}: the source holds nothing for it")
     if problems:
@@ -196,77 +196,80 @@ def convert(state: State, table: Table, expected: Shapes) -> Conversion:
 
 
 def revert(state: State, table: Table, expected: Shapes) -> dict[str, torch.Tensor]:
-    """Applies the table backwards: `revert(convert(s).tensors) == s`, bit for bit, but for dropped tensors.
+    """Applies the table backwards: `revert(convert(s).tensors)` is s, bit for bit, without what was dropped.
 
-    state: tensors by the model's names. expected: name and shape of everything that the model holds; all of it has to be
-    there. Rows with a transform have no way back.
+    state: tensors by the model's names. expected: name and shape of everything that the model holds; all of it has to
+    be there. Rows with a transform have no way back.
 
     Raises: CoverageError: a name is missing, unexpected or without a row, or a shape disagrees.
     """
-    problems = [f"{name} {list(expected[name])}: missing" for name in expected if name not in state]
-    problems += [f"{name} {list(state[name].shape)}: the model has no such tensor" for name in state.keys() - expected]
-    problems += [
-        f"{name} {list(state[name].shape)}: the model holds {list(shape)}"
-        for name, shape in expected.items()
-        if name in state and tuple(state[name].shape) != tuple(shape)
-    ]
+    problems = [f"{name} {list(shape)}: missing" for name, shape in expected.items() if name not in state]
+    for name, tensor in state.items():
+        if name not in expected:
+            problems.append(f"{name} {list(tensor.shape)}: the model has no such tensor")
+        elif tuple(tensor.shape) != tuple(expected[name]):
+            problems.append(f"{name} {list(tensor.shape)}: the model holds {list(expected[name])}")
+    if problems:
+        raise CoverageError(problems)
     reverted: dict[str, torch.Tensor] = {}
     ways_back = [row for row in table if isinstance(row, Split) or (isinstance(row, Rename) and row.transform is None)]
-    for name in state.keys() & expected.keys() if problems else state:
-        for row in ways_back:
-            patterns = row.targets if isinstance(row, Split) else (row.target,)
-            values = match(patterns[0], name)
-            if values is not None:
-                parts = [expand(pattern, values) for pattern in patterns]
-                if all(part in state for part in parts):
-                    source = expand(row.source, values)
-                    reverted[source] = state[name] if len(parts) == 1 else torch.cat([state[part] for part in parts])
-                break
-            if any(match(pattern, name) is not None for pattern in patterns[1:]):
-                break  # comes along with the first part
-        else:
+    for name in state:
+        row, values = _first_match(ways_back, name, backwards=True)
+        if row is None:
             problems.append(f"{name} {list(state[name].shape)}: no row of the table leads back")
+            continue
+        source = expand(row.source, values)
+        parts = [expand(pattern, values) for pattern in _targets(row)]
+        missing = [part for part in parts if part not in state]
+        if missing:
+            problems.append(f"{name} {list(state[name].shape)}: {source} needs {', '.join(missing)} as well")
+        elif source not in reverted:
+            reverted[source] = torch.cat([state[part] for part in parts]) if len(parts) > 1 else state[name]
     if problems:
         raise CoverageError(problems)
     return reverted
 
 
-def _first_match(rows: list[Row], name: str) -> tuple[Row | None, dict[str, str | int]]:
+def _targets(row: Row) -> tuple[str, ...]:
+    """Patterns of the model's names in a row; none for a Drop."""
+    if isinstance(row, Split):
+        return row.targets
+    return () if isinstance(row, Drop) else (row.target,)
+
+
+def _first_match(
+    rows: Iterable[Row], name: str, backwards: bool = False
+) -> tuple[Row, dict[str, str | int]] | tuple[None, dict[str, str | int]]:
+    """The first row for this name, and the values of its placeholders. Backwards, `name` is one of the model's."""
     for row in rows:
-        values = match(row.target if isinstance(row, Fill | New) else row.source, name)
-        if values is not None:
-            return row, values
+        patterns = _targets(row) if backwards or isinstance(row, Fill | New) else (row.source,)
+        for pattern in patterns:
+            values = match(pattern, name)
+            if values is not None:
+                return row, values
     return None, {}
 
 
-def _fill(
-    tensors: dict[str, torch.Tensor],
-    source: str,
-    tensor: torch.Tensor,
-    row: Rename | Split,
-    targets: tuple[str, ...],
-    expected: Shapes,
-) -> str | None:
-    """Puts the source's parts into `tensors`; the sentence that says why not, otherwise."""
+def _parts(
+    tensor: torch.Tensor, row: Rename | Split, targets: tuple[str, ...], expected: Shapes, filled: State
+) -> dict[str, torch.Tensor]:
+    """The source tensor as the targets, by name.
+
+    Raises: ValueError: a target does not exist or is filled already, or the shape does not fit.
+    """
     for target in targets:
         if target not in expected:
-            return f"the model has no {target}"
-        if target in tensors:
-            return f"{target} is already filled by another tensor"
+            raise ValueError(f"the model has no {target}")
+        if target in filled:
+            raise ValueError(f"{target} is already filled by another tensor")
     if isinstance(row, Split):
-        wanted = sum(expected[target][0] for target in targets)
-        if tensor.dim() == 0 or tensor.shape[0] != wanted:
-            return f"its rows should be the {wanted} of {' , '.join(targets)} together"
-        parts: tuple[torch.Tensor, ...] = tensor.split([expected[target][0] for target in targets])
-    elif row.transform is not None:
-        try:
-            parts = (row.transform(tensor, expected[targets[0]]),)
-        except ValueError as error:
-            return f"cannot become {targets[0]} : {error}"
+        rows = [expected[target][0] for target in targets]
+        if tensor.dim() == 0 or tensor.shape[0] != sum(rows):
+            raise ValueError(f"the rows of {', '.join(targets)} together are {sum(rows)}")
+        parts = tensor.split(rows)
     else:
-        parts = (tensor,)
+        parts = (tensor if row.transform is None else row.transform(tensor, expected[targets[0]]),)
     for target, part in zip(targets, parts, strict=True):
         if tuple(part.shape) != tuple(expected[target]):
-            return f"becomes {target} of shape {list(part.shape)}, but the model holds {list(expected[target])}"
-    tensors.update(zip(targets, parts, strict=True))
-    return None
+            raise ValueError(f"{target} would get the shape {list(part.shape)} instead of {list(expected[target])}")
+    return dict(zip(targets, parts, strict=True))
