@@ -1,4 +1,4 @@
-"""DeiT (Touvron et al., 2021, https://arxiv.org/abs/2012.12877): the authors' `.pth`, and timm's files of equal names."""
+"""DeiT (Touvron et al., 2021, https://arxiv.org/abs/2012.12877): the authors' `.pth`; timm's files have its names."""
 
 from .detector import TRANSFORMER
 from .dinov2 import ADAPTER_IS_NEW, NO_CLASSIFIER, NO_FINAL_NORM, NO_PREFIX_TOKENS, TIMM_EMBEDDINGS

@@ -8,6 +8,7 @@ import io
 import json
 import pickle
 import pickletools
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -28,7 +29,16 @@ from safetensors import SafetensorError, safe_open
 
 WEIGHT_FILES = ["*.safetensors", "*.json", "pytorch_model.bin"]
 HARMLESS_GLOBALS = ("torch._utils._rebuild_", "torch.Float", "torch.Half", "torch.Long", "collections.OrderedDict")
-UNPICKLER_ERRORS = (RuntimeError, EOFError, pickle.UnpicklingError, KeyError, IndexError, ValueError, AttributeError)
+UNPICKLER_ERRORS = (
+    OSError,
+    RuntimeError,
+    EOFError,
+    pickle.UnpicklingError,
+    KeyError,
+    IndexError,
+    ValueError,
+    AttributeError,
+)
 
 
 class SourceError(ValueError):
@@ -141,7 +151,9 @@ def _read_npz(path: Path) -> dict[str, torch.Tensor]:
 
 def _read_pickle(path: Path) -> tuple[dict[str, torch.Tensor], Mapping[str, Any]]:
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about an unusual pickle protocol; what matters is said below
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except UNPICKLER_ERRORS as error:
         unsafe = sorted(name for name in pickled_globals(path) if not name.startswith(HARMLESS_GLOBALS))
         if unsafe:

@@ -40,7 +40,7 @@ class MaskRcnnImageProcessorKwargs(ImagesKwargs, total=False):
     pad_size_divisor: int | None
 
 
-class Detections(NamedTuple):
+class KeptDetections(NamedTuple):
     """What was kept of one picture's detections, best first, in the frame of the target."""
 
     boxes: torch.Tensor  # (N, 4) float32 xyxy in pixels
@@ -179,11 +179,11 @@ class MaskRcnnImageProcessor(TorchvisionBackend):
             self.rescale_and_normalize(image, do_rescale, rescale_factor, do_normalize, image_mean, image_std)
             for image in images
         ]
-        data: dict[str, Any] = {}
+        data: dict[str, Any] = {"pixel_values": images}
         if do_pad:
             pad_size = pad_size or _common_size(sizes, pad_size_divisor)
-            images, data["pixel_mask"] = self.pad(images, pad_size=pad_size, return_mask=True)
-        data["pixel_values"] = images
+            images, masks = self.pad(images, pad_size=pad_size, return_mask=True)
+            data = {"pixel_values": torch.stack(images), "pixel_mask": torch.stack(masks)}
         features = BatchFeature(data, tensor_type=return_tensors)
         if annotations is not None:
             annotations = [annotations] if isinstance(annotations, Mapping) else list(annotations)
@@ -386,7 +386,7 @@ def _common_size(sizes: Sequence[tuple[int, ...]], divisor: int) -> SizeDict:
     return SizeDict(height=height, width=width)
 
 
-def _detections(outputs: Any, threshold: float, target_sizes: Any, with_masks: bool = True) -> list[Detections]:
+def _detections(outputs: Any, threshold: float, target_sizes: Any, with_masks: bool = True) -> list[KeptDetections]:
     """The model's output picture by picture, on the CPU in float32: scores above the threshold, best first."""
     sizes = [(int(height), int(width)) for height, width in outputs.image_sizes]
     targets = sizes if target_sizes is None else [(int(height), int(width)) for height, width in target_sizes]
@@ -403,7 +403,7 @@ def _detections(outputs: Any, threshold: float, target_sizes: Any, with_masks: b
         if with_masks:
             masks = outputs.pred_masks[index].detach().float().cpu()[order].sigmoid()
         results.append(
-            Detections(
+            KeptDetections(
                 boxes=boxes / _scale_factor(target, size),
                 scores=scores[order],
                 labels=labels[order],
@@ -415,13 +415,13 @@ def _detections(outputs: Any, threshold: float, target_sizes: Any, with_masks: b
     return results
 
 
-def _pasting(found: Detections, threshold: float) -> list[tuple[np.ndarray, np.ndarray, int, int, float]]:
+def _pasting(found: KeptDetections, threshold: float) -> list[tuple[np.ndarray, np.ndarray, int, int, float]]:
     """The arguments of `paste_mask` for every detection."""
     pairs = zip(found.masks.numpy(), found.boxes.numpy(), strict=True)
     return [(mask, box, found.height, found.width, threshold) for mask, box in pairs]
 
 
-def _id_map(found: Detections, mask_threshold: float, visible_share: float) -> tuple[torch.Tensor, list[int]]:
+def _id_map(found: KeptDetections, mask_threshold: float, visible_share: float) -> tuple[torch.Tensor, list[int]]:
     """The instances painted behind one another, best in front: (h, w) int32, -1 background, and which are in it."""
     ids = np.full((found.height, found.width), -1, dtype=np.int32)
     kept: list[int] = []

@@ -102,17 +102,15 @@ def rasterize_polygons(polygons: Sequence[Sequence[float]], height: int, width: 
         height, width: Size of the picture, which cuts the polygons off.
 
     Returns:
-        (h, w) uint8 with a border of zeros wherever the picture goes on, and the picture's column and row of its corner.
+        (h, w) uint8, at least one pixel, with a border of zeros wherever the picture goes on; left; top.
     """
     corners = np.concatenate([np.asarray(polygon, dtype=np.float64).reshape(-1, 2) for polygon in polygons])
-    region = paste_region([*corners.min(axis=0), *corners.max(axis=0)], height, width)
-    rows, columns = region.bottom - region.top, region.right - region.left
-    if rows <= 0 or columns <= 0:
+    left, top, right, bottom = paste_region([*corners.min(axis=0), *corners.max(axis=0)], height, width)
+    if bottom <= top or right <= left:
         return np.zeros((1, 1), dtype=np.uint8), 0, 0
-    shift = np.array([region.left, region.top], dtype=np.float64)
-    shifted = [(np.asarray(polygon, dtype=np.float64).reshape(-1, 2) - shift).ravel().tolist() for polygon in polygons]
-    coco = _require_coco_mask()
-    return coco.decode(coco.merge(coco.frPyObjects(shifted, rows, columns))), region.left, region.top
+    # Cut off right and below only: moving the polygons would round some pixels of their edges otherwise.
+    pixels = decode_segmentation(polygons, bottom, right)
+    return pixels[top:, left:].astype(np.uint8), left, top
 
 
 def segmentation_as_rle(segmentation: Any, height: int, width: int) -> dict[str, Any]:

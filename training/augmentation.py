@@ -18,9 +18,9 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 from pycocotools import mask as coco_mask
-from torch.nn import functional
 
 from vit_adapter.modeling_vit_adapter.masks import resize_mask
+from vit_adapter.modeling_vit_adapter.resampling import resize_bilinear, resized_size
 
 
 class Draws(Protocol):
@@ -89,10 +89,12 @@ class Resize:
         short_side = self.short_sides[draws.integers(0, len(self.short_sides)) if len(self.short_sides) > 1 else 0]
         height, width = view.size
         new_height, new_width = resized_size(height, width, short_side, self.long_side)
+        if (new_height, new_width) == (height, width):
+            return view
         # In float32 as the original, so that boxes agree to the last bit.
         scale = np.array([new_width / width, new_height / height] * 2, dtype=np.float32)
         return View(
-            image=resize_image(view.image, new_height, new_width),
+            image=resize_bilinear(view.image, new_height, new_width),
             boxes=_clipped(view.boxes * scale, new_height, new_width),
             kept=view.kept,
             rows=resize_mask(view.rows[None], 1, new_height)[0],
@@ -184,19 +186,6 @@ def masks_of(view: View, run_lengths: Sequence[Mapping[str, Any]]) -> torch.Tens
             bitmap = coco_mask.decode(run_lengths[index])
             mask[rows, columns] = bitmap[view.rows[rows, None], view.columns[columns]]
     return torch.from_numpy(masks)
-
-
-def resized_size(height: int, width: int, short_side: int, long_side: int) -> tuple[int, int]:
-    """Height and width after resizing, with the rounding of the original release."""
-    scale = min(long_side / max(height, width), short_side / min(height, width))
-    return int(height * scale + 0.5), int(width * scale + 0.5)
-
-
-def resize_image(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """A picture (3, h, w) uint8 at another size: bilinear without antialiasing, as OpenCV to one grey level."""
-    if image.shape[-2:] == (height, width):
-        return image
-    return functional.interpolate(image[None], size=(height, width), mode="bilinear", align_corners=False)[0]
 
 
 def _clipped(boxes: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -151,7 +151,9 @@ def read_picture(root: Path, row: Mapping[str, Any]) -> torch.Tensor:
     said, found = (row["height"], row["width"]), image.shape[:2]
     if said != found:
         turned = said == found[::-1]
-        cause = "they were made before its EXIF orientation was applied" if turned else "they belong to another picture"
+        cause = (
+            "they were made before its EXIF orientation was applied" if turned else "they belong to another picture"
+        )
         raise ValueError(
             f"{path}: the picture is {found[0]} x {found[1]} (height x width), but the annotations say "
             f"{said[0]} x {said[1]}: {cause}"
