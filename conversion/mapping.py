@@ -181,10 +181,11 @@ def convert(state: State, table: Table, expected: Shapes) -> Conversion:
             else:
                 done.tensors.update(parts)
                 done.used[source] = targets
+    dtype = next((tensor.dtype for tensor in done.tensors.values() if tensor.is_floating_point()), None)
     for target in (name for name in expected if name not in meant):
         row, _ = _first_match(absences, target)
         if isinstance(row, Fill):
-            done.tensors[target] = torch.full(expected[target], row.value)
+            done.tensors[target] = torch.full(expected[target], row.value, dtype=dtype)
             done.filled[target] = row.reason
         elif isinstance(row, New):
             done.new[target] = row.reason

@@ -25,7 +25,18 @@ from .vision_transformer import LayerScale, RotaryPositions, ViTAttention, ViTEm
 COARSEST_STRIDE = 32
 
 
-class ViTAdapterPreTrainedModel(PreTrainedModel):
+class ParentsInitialize:
+    """Lets `_init_weights` see modules without parameters of their own, so that a parent may initialise its children.
+
+    transformers skips those in code from outside its own tree, to guard against rules that overwrite loaded weights.
+    Ours never do: `transformers.initialization` looks at each tensor.
+    """
+
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        super()._initialize_weights(module, is_custom_code=False)
+
+
+class ViTAdapterPreTrainedModel(ParentsInitialize, PreTrainedModel):
     """Initialisation, and what the model can do within transformers."""
 
     config: ViTAdapterConfig

@@ -24,7 +24,7 @@ from transformers.image_utils import (
 from transformers.processing_utils import ImagesKwargs, Unpack
 
 from .image_reading import load_image, to_bytes, to_rgb
-from .masks import decode_segmentation, paste_mask, paste_mask_as_rle, resize_mask
+from .masks import decode_segmentation, paste_mask, paste_mask_as_rle, paste_region, resize_mask
 from .resampling import resize_bilinear, resized_size
 
 
@@ -426,9 +426,11 @@ def _id_map(found: KeptDetections, mask_threshold: float, visible_share: float) 
     ids = np.full((found.height, found.width), -1, dtype=np.int32)
     kept: list[int] = []
     for index, arguments in enumerate(_pasting(found, mask_threshold)):
-        mask = paste_mask(*arguments)
-        visible = mask & (ids < 0)
+        left, top, right, bottom = paste_region(found.boxes[index].tolist(), found.height, found.width)
+        mask = paste_mask(*arguments)[top:bottom, left:right]
+        place = ids[top:bottom, left:right]
+        visible = mask & (place < 0)
         if visible.sum() > visible_share * mask.sum():
-            ids[visible] = len(kept)
+            place[visible] = len(kept)
             kept.append(index)
     return torch.from_numpy(ids), kept

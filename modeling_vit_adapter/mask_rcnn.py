@@ -19,7 +19,7 @@ from transformers.utils.generic import can_return_tuple
 
 from ..configuration.configuration_mask_rcnn import MaskRcnnConfig
 from ..configuration.configuration_vit_adapter import ViTAdapterConfig
-from .backbone import ViTAdapterBackbone
+from .backbone import ParentsInitialize, ViTAdapterBackbone
 from .box_head import BoxHead, Detections, SampledRegions
 from .feature_pyramid import FeaturePyramid
 from .mask_head import MaskHead, mask_targets, polygon_mask_targets
@@ -58,7 +58,7 @@ class MaskRcnnOutput(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
 
 
-class MaskRcnnPreTrainedModel(PreTrainedModel):
+class MaskRcnnPreTrainedModel(ParentsInitialize, PreTrainedModel):
     """Initialisation, and what the model can do within transformers."""
 
     config: MaskRcnnConfig
@@ -248,8 +248,10 @@ class MaskRcnnForInstanceSegmentation(MaskRcnnPreTrainedModel):
 
 
 def _build_backbone(config: PreTrainedConfig) -> nn.Module:
-    # Our own class is built directly: as custom code on the Hub it is not registered with AutoBackbone.
-    return ViTAdapterBackbone(config) if isinstance(config, ViTAdapterConfig) else AutoBackbone.from_config(config)
+    # Our own class is built directly: as custom code on the Hub it is not registered with AutoBackbone, and its
+    # configuration may come from another copy of the module, so that only the model type tells.
+    ours = config.model_type == ViTAdapterConfig.model_type
+    return ViTAdapterBackbone(config) if ours else AutoBackbone.from_config(config)
 
 
 def _image_sizes(pixel_values: Tensor, pixel_mask: Tensor | None) -> Tensor:

@@ -1,14 +1,14 @@
 """The published training augmentation, and its parts as data.
 
-A recipe lists the steps; every draw comes from the generator that is passed in, in the order of the original release, so
-that a picture's augmentation can be repeated exactly.
+A recipe lists the steps; every draw comes from the generator that is passed in, in the order of the original release,
+so that a picture's augmentation can be repeated exactly.
 
 Masks are never resized: flip, nearest-neighbour resize and crop choose rows and columns, and choices compose. A `View`
 therefore carries the original row of each of its rows and the original column of each of its columns, and the bitmaps
 are cut out of the run-length codes once, at the end, inside each object's box only. The result equals that of resizing
 the bitmaps step by step, pixel for pixel.
 
-N: objects. H, W: height and width of the original picture. h, w: height and width of the view. Boxes are xyxy in pixels.
+N: objects. H, W: height and width of the original picture. h, w: of the view. Boxes are xyxy in pixels.
 """
 
 from collections.abc import Mapping, Sequence
@@ -145,7 +145,7 @@ STEPS: Mapping[str, type] = {"flip": Flip, "resize": Resize, "crop": Crop}
 
 
 def parse_steps(description: Sequence[Any]) -> tuple[Step, ...]:
-    """The steps that a recipe describes: a list of `{flip: {…}}`, `{resize: {…}}`, `{crop: {…}}`, `{one_of: [[…], …]}`.
+    """The steps that a recipe describes: a list of `flip: {…}`, `resize: {…}`, `crop: {…}` and `one_of: [[…], …]`.
 
     Raises:
         ValueError: a step or an argument has an unknown name or an impossible value; the sentence shows it.

@@ -1,8 +1,8 @@
 """Checkpoints that are whole or not there.
 
-A checkpoint is a folder `step-00001234`, written under another name, forced to the disk and then renamed, which happens
-at once or not at all. Resuming from one gives the weights of an uninterrupted run bit by bit, because everything random
-is drawn anew from the seed, the step and the process (`seed_step`, and the pictures of `data.TrainingBatches`).
+A checkpoint is a folder `step-00001234`, written under another name, forced to the disk and then renamed, which
+happens at once or not at all. Resuming from one gives the weights of an uninterrupted run bit by bit, because
+everything random is drawn anew from the seed, the step and the process (`seed_step`, and `data.TrainingBatches`).
 """
 
 import os

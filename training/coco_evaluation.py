@@ -1,7 +1,7 @@
 """Box and mask AP as the COCO benchmark and the published detectors measure it, judged by pycocotools.
 
-T: IoU thresholds 0.50, 0.55, …, 0.95. R: recall levels. K: categories. A: areas all, small, medium, large. M: limits on the
-detections of a picture, of which the largest is read.
+T: IoU thresholds 0.50, 0.55, …, 0.95. R: recall levels. K: categories. A: areas all, small, medium, large. M: limits on
+the detections of a picture, of which the largest is read.
 """
 
 import contextlib
@@ -74,8 +74,8 @@ def evaluate_results(results: Sequence[Result], index: CocoIndex, rows: Sequence
         rows: The pictures that were looked at; None: all.
 
     Returns:
-        For "box" and "mask" each: AP, AP50, AP75, AP_small, AP_medium, AP_large, and per_class, AP by category name; None
-        where the data set has no such object.
+        For "box" and "mask" each: AP, AP50, AP75, AP_small, AP_medium, AP_large, and per_class, AP by category name;
+        None where the data set has no such object.
     """
     rows = range(len(index.pictures)) if rows is None else rows
     ground_truth = _as_coco(index, rows, _ground_truth(index, rows))

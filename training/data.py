@@ -1,8 +1,8 @@
 """From a COCO annotation file and a folder of pictures to training batches.
 
-The file is read once and kept as an Arrow table, memory-mapped and shared by all processes: one row a picture, with the
-masks of its objects as run-length codes at the picture's own size. Everything random about a picture is drawn from a
-generator seeded with (seed, epoch, row), so that any batch can be made again.
+The file is read once and kept as an Arrow table, memory-mapped and shared by all processes: one row a picture, with
+the masks of its objects as run-length codes at the picture's own size. Everything random about a picture is drawn from
+a generator seeded with (seed, epoch, position), so that any batch can be made again.
 
 N: objects of a picture. H, W: height and width of a batch. h, w: of one picture in it. Boxes are xyxy in pixels.
 """
@@ -175,7 +175,7 @@ def trainable_objects(row: Mapping[str, Any]) -> list[int]:
 
 
 class TrainingPictures(Dataset):
-    """Augmented, normalised pictures with their objects, by (epoch, row).
+    """Augmented, normalised pictures with their objects, by (epoch, position among the pictures trained on).
 
     Args:
         steps: The augmentation.
@@ -239,8 +239,8 @@ def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """One batch, padded with zeros at the right and bottom to the largest sides, rounded up to multiples of 32.
 
     Returns:
-        `pixel_values` (B, 3, H, W), `pixel_mask` (B, H, W) int64 with 1 where the picture is, `labels` one dict a picture,
-        and `image_ids`.
+        `pixel_values` (B, 3, H, W), `pixel_mask` (B, H, W) int64 with 1 where the picture is, `labels`, one dict a
+        picture, and `image_ids`.
     """
     sizes = [sample["pixel_values"].shape[-2:] for sample in samples]
     height, width = (math.ceil(max(sides) / SIZE_DIVISOR) * SIZE_DIVISOR for sides in zip(*sizes, strict=True))
@@ -278,11 +278,13 @@ def orientation_batches(
 
 
 class TrainingBatches(Sampler[list[tuple[int, int]]]):
-    """The batches of one process from a step of the training to its end, as lists of (epoch, row).
+    """The batches of one process from a step of the training to its end, as lists of (epoch, position).
 
     Args:
         batch_size: Pictures of a process at a time.
         accumulation: Batches of a process in one optimizer step.
+        first_step: Optimizer steps already taken.
+        num_epochs, max_steps: Length of the training; the smaller holds.
     """
 
     def __init__(
@@ -290,12 +292,13 @@ class TrainingBatches(Sampler[list[tuple[int, int]]]):
         is_wide: np.ndarray,
         *,
         batch_size: int,
-        accumulation: int,
-        processes: int,
-        process: int,
-        seed: int,
-        first_step: int,
-        last_step: int,
+        accumulation: int = 1,
+        processes: int = 1,
+        process: int = 0,
+        seed: int = 0,
+        first_step: int = 0,
+        num_epochs: int,
+        max_steps: int | None = None,
     ) -> None:
         self.is_wide = is_wide
         self.batch_size = batch_size
@@ -304,11 +307,13 @@ class TrainingBatches(Sampler[list[tuple[int, int]]]):
         self.process = process
         self.seed = seed
         self.first_step = first_step
-        self.last_step = last_step
         total_batch_size = batch_size * self.batches_per_step
         self.steps_per_epoch = sum(
             math.ceil(np.count_nonzero(is_wide == orientation) / total_batch_size) for orientation in (False, True)
         )
+        self.last_step = num_epochs * self.steps_per_epoch
+        if max_steps is not None:
+            self.last_step = min(self.last_step, max_steps)
 
     def __len__(self) -> int:
         return (self.last_step - self.first_step) * self.batches_per_step // self.processes
@@ -321,7 +326,7 @@ class TrainingBatches(Sampler[list[tuple[int, int]]]):
                 known_epoch, batches = epoch, self._epoch(epoch)
             start = step_in_epoch * self.batches_per_step
             for batch in batches[start + self.process : start + self.batches_per_step : self.processes]:
-                yield [(epoch, row) for row in batch]
+                yield [(epoch, position) for position in batch]
 
     def _epoch(self, epoch: int) -> list[list[int]]:
         return orientation_batches(
@@ -341,7 +346,7 @@ def _write_index(source: Path, folder: Path) -> None:
         unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     except OSError as error:
         raise ValueError(
-            f"{folder.parent}: the index of {source} cannot be written there ({error.strerror}): give another cache_dir"
+            f"{folder.parent}: the index of {source} cannot be written ({error.strerror}): give another cache_dir"
         ) from error
     try:
         with ArrowWriter(features=ROW, path=str(unfinished / "pictures.arrow")) as writer:

@@ -21,8 +21,8 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Optimizer groups of all trainable parameters, with layer decay over the transformer blocks if a rate is given.
 
-    With n blocks the embeddings are layer 0, block i is layer i + 1 and everything else (adapter, neck, heads) is layer
-    n + 1; a layer learns at `lr * layer_decay_rate ** (n + 1 - layer)`.
+    With n blocks the embeddings are layer 0, block i is layer i + 1 and everything else (adapter, neck, heads) is
+    layer n + 1; a layer learns at `lr * layer_decay_rate ** (n + 1 - layer)`.
 
     One-dimensional parameters (biases, norms, scales) do not decay. The published runs deviate from their own intent,
     and `reference_quirks` follows them: with layer decay, position and level embeddings decay; without it, the scales
@@ -108,13 +108,13 @@ def _owned_parameters(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Par
 
 
 def _depths(model: nn.Module) -> dict[nn.Parameter, int]:
-    """How many layers lie above: n + 1 for the embeddings, n - i for block i; all other parameters are absent, at 0."""
+    """How many layers lie above: n + 1 for the embeddings, n - i for block i; all others are absent, at 0."""
     backbone = _backbone(model)
     blocks = _blocks(backbone)
     embeddings = next((m for name, m in backbone.named_modules() if name.rpartition(".")[2] == "embeddings"), None)
     if embeddings is None:
         raise ValueError(
-            f"Layer decay needs to know the embeddings, but {type(backbone).__name__} has no module called embeddings: "
+            f"Layer decay needs the embeddings, but {type(backbone).__name__} has no module of that name: "
             "train it with layer_decay_rate null."
         )
     depths = {parameter: len(blocks) + 1 for parameter in embeddings.parameters()}
@@ -130,7 +130,7 @@ def _blocks(backbone: nn.Module) -> nn.ModuleList:
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module
     raise ValueError(
-        f"Layer decay needs transformer blocks, but {type(backbone).__name__} has no list of num_hidden_layers modules: "
+        f"Layer decay needs transformer blocks, but {type(backbone).__name__} has no list of num_hidden_layers: "
         "train it with layer_decay_rate null."
     )
 

@@ -1,6 +1,10 @@
-"""A recipe: everything that a training run depends on, as a YAML file with overrides from the command line."""
+"""A recipe: everything that a training run depends on, as a YAML file with overrides from the command line.
+
+`extends: other.yaml` takes over the settings of another recipe, a file beside it.
+"""
 
 import difflib
+import inspect
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
@@ -141,6 +145,9 @@ class Recipe:
         return {name: str(value) if isinstance(value, Path) else value for name, value in plain.items()}
 
 
+SETTINGS = inspect.cleandoc(Recipe.__doc__ or "")
+
+
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in a YAML file.
 
@@ -151,21 +158,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         ValueError: a file is missing, a name unknown or a value of the wrong kind; the sentence says which.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: there is no such recipe")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: a recipe is a list of `name: value` lines, but this holds {content!r}")
-    kinds = {name: kind for name, kind in get_type_hints(Recipe).items()}
-    values: dict[str, Any] = {"name": path.stem}
-    for source, root, given in ((str(path), path.parent, content), ("command line", Path(), _parsed(overrides))):
-        for name, value in given.items():
-            if name not in kinds:
-                raise ValueError(f"{source}: there is no setting {name!r}{_near(str(name), kinds)}")
-            values[name] = _typed(f"{source}: {name}", value, kinds[name], root)
+    values = {"name": path.stem, **_file_values(path), **_checked("command line", _parsed(overrides), Path())}
     missing = [entry.name for entry in fields(Recipe) if _is_required(entry) and entry.name not in values]
     if missing:
         raise ValueError(f"{path}: the recipe does not say {', '.join(missing)}")
@@ -173,6 +166,33 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         return Recipe(**values)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def _file_values(path: Path) -> dict[str, Any]:
+    """The checked settings of a file, after those of the file that it extends."""
+    if not path.is_file():
+        raise ValueError(f"{path}: there is no such recipe")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: a recipe consists of lines `name: value`, but this holds {content!r}")
+    extended = content.pop("extends", None)
+    if extended is None:
+        return _checked(str(path), content, path.parent)
+    if (path.parent / str(extended)).resolve() == path.resolve():
+        raise ValueError(f"{path}: the recipe extends itself")
+    return {**_file_values(path.parent / str(extended)), **_checked(str(path), content, path.parent)}
+
+
+def _checked(source: str, given: Mapping[str, Any], root: Path) -> dict[str, Any]:
+    """Settings as the kinds that the recipe declares; paths count from `root`."""
+    kinds = get_type_hints(Recipe)
+    for name in given:
+        if name not in kinds:
+            raise ValueError(f"{source}: there is no setting {name!r}{_near(str(name), kinds)}")
+    return {name: _typed(f"{source}: {name}", value, kinds[name], root) for name, value in given.items()}
 
 
 def _parsed(overrides: Sequence[str]) -> dict[str, Any]:

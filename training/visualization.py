@@ -105,7 +105,7 @@ def _write(
     color: tuple[int, int, int],
 ) -> None:
     """A caption on its own ground, with its lower left at the corner if there is room above, otherwise below it."""
-    left, top, right, bottom = canvas.textbbox((0, 0), text, font=font)
+    _, _, right, bottom = canvas.textbbox((0, 0), text, font=font)
     x, y = corner
     y = y - bottom - 2 if y - bottom - 2 >= 0 else y
     canvas.rectangle((x, y, x + right + 4, y + bottom + 2), fill=color)

@@ -1,0 +1,62 @@
+"""What all tests share: the reference cases, and a watch over files imported under two names."""
+
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+REFERENCE = ROOT / "tests" / "reference"
+
+
+@dataclass(frozen=True)
+class ReferenceCase:
+    """A case computed by the original release; tests/reference/README.md says how.
+
+    Attributes:
+        facts: Hyper-parameters and metadata.
+        tensors: Inputs and outputs by name.
+        weights: The original's state dict.
+    """
+
+    facts: dict[str, Any]
+    tensors: dict[str, Tensor]
+    weights: dict[str, Tensor]
+
+    def pictures(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Network inputs, stored as bytes: exact in float32, padding exactly zero."""
+        return (self.tensors[name].to(dtype) - 128) / 64
+
+
+@pytest.fixture(scope="session")
+def reference_case() -> Callable[[str], ReferenceCase]:
+    """Load a case by its name."""
+
+    def load(name: str) -> ReferenceCase:
+        facts = json.loads((REFERENCE / f"{name}.json").read_text(encoding="utf-8"))
+        file = REFERENCE / f"{name}.safetensors"
+        stored = load_file(file) if file.exists() else {}
+        weights = {key.removeprefix("w."): tensor for key, tensor in stored.items() if key.startswith("w.")}
+        tensors = {key: tensor for key, tensor in stored.items() if not key.startswith("w.")}
+        return ReferenceCase(facts, tensors, weights)
+
+    return load
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_file_is_imported_under_two_names():
+    yield
+    names = defaultdict(set)
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if file and ROOT in Path(file).resolve().parents and ".venv" not in Path(file).parts:
+            names[file].add(name)
+    assert not {file: sorted(found) for file, found in names.items() if len(found) > 1}
