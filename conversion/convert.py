@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from ..configuration.configuration_mask_rcnn import MaskRcnnConfig
 from ..configuration.configuration_vit_adapter import ViTAdapterConfig
@@ -25,7 +24,7 @@ from .augreg import AUGREG, AUGREG_JAX
 from .coco_classes import COCO_CLASSES
 from .deit import DEIT
 from .detector import DETECTOR, backbone_config_from_reference, config_from_reference, expected_shapes
-from .dinov2 import DINOV2, DINOV2_HUGGING_FACE, DINOV2_TIMM_GIANT
+from .dinov2 import ADAPTER_IS_NEW, DINOV2, DINOV2_HUGGING_FACE, DINOV2_TIMM_GIANT
 from .mapping import Conversion, Rename, Shape, Split, State, Table, convert, expand, match
 from .model_card import model_card
 from .model_folder import MAX_SHARD_BYTES, new_folder, verify_weights, write_model_folder
@@ -60,7 +59,10 @@ def _has_packed_swiglu(state: State) -> bool:
     return fc2 is not None and _rows(state, "blocks.0.mlp.fc1.weight") == 2 * fc2.shape[-1]
 
 
+OURS: Table = (Rename("{rest}", "{rest}"), *ADAPTER_IS_NEW)
+
 KINDS: dict[str, Kind] = {
+    "vit-adapter": Kind(OURS, "vit-adapter", lambda state: "layers.0.attention.q_proj.weight" in state),
     "detector": Kind(DETECTOR, None, lambda state: "rpn_head.rpn_conv.weight" in state),
     "dinov2-timm-giant": Kind(
         DINOV2_TIMM_GIANT, "dinov2", lambda state: _is_dinov2(state) and _has_packed_swiglu(state)
@@ -263,16 +265,17 @@ def package_version() -> str:
         return "0+unknown"
 
 
-def load_backbone(model: PreTrainedModel, state: State) -> list[str]:
-    """Puts converted backbone weights into a model that holds a ViT-Adapter, or is one; what stays new is returned.
+def load_backbone(backbone: ViTAdapterBackbone, source: str | Path) -> Conversion:
+    """Fills a backbone from any backbone source, or from a converted or trained backbone folder.
 
-    Raises: ValueError: a tensor has no place in the model.
+    Only the adapter may stay as it was initialised; `new` of what is returned names it.
+
+    Raises: SourceError: the source cannot be read. CoverageError: it does not fit the backbone.
     """
-    prefix = "" if isinstance(model, ViTAdapterBackbone) else "backbone."
-    result = model.load_state_dict({prefix + name: tensor for name, tensor in state.items()}, strict=False)
-    if result.unexpected_keys:
-        raise ValueError(f"the model has no place for {', '.join(result.unexpected_keys)}")
-    return list(result.missing_keys)
+    files = read_source(source)
+    conversion = convert(files.state, _kind(recognise(files)).table, expected_shapes(type(backbone), backbone.config))
+    backbone.load_state_dict(conversion.tensors, strict=False)
+    return conversion
 
 
 def _kind(name: str) -> Kind:

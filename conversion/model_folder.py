@@ -66,6 +66,7 @@ def write_weights(folder: Path, tensors: State, max_shard_bytes: int = MAX_SHARD
         _write_json(folder / INDEX_FILE, {"metadata": {"total_size": size}, "weight_map": weight_map})
     for name, shard in zip(names, shards, strict=True):
         save_file({key: tensors[key].contiguous() for key in shard}, folder / name, metadata={"format": "pt"})
+        (folder / name).chmod(0o644)  # safetensors makes it private
 
 
 def weight_files(folder: Path) -> list[Path]:

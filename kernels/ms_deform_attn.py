@@ -6,8 +6,10 @@ P: points a level. Grids are (height, width) pairs, one a level, in the order of
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
+from .native import use_native
 from .reference import ms_deform_attn_reference, ms_deform_attn_sample_reference
 
 
@@ -50,6 +52,10 @@ def ms_deform_attn(
             f"{len(source_grids)} levels of {points} points need {len(source_grids) * points} offsets a head, "
             f"but got {offsets.shape[3]}"
         )
+    if _use_native(value, implementation):
+        return torch.ops.vit_adapter.ms_deform_attn(
+            value, offsets, logits, _flat(source_grids), _flat(query_grids), points
+        )
     return ms_deform_attn_reference(value, offsets, logits, source_grids, query_grids, points)
 
 
@@ -77,11 +83,24 @@ def ms_deform_attn_sample(
     """
     source_grids = _as_grids(source_grids)
     _check_shapes(value, locations, weights, source_grids)
+    if _use_native(value, implementation):
+        return torch.ops.vit_adapter.ms_deform_attn_sample(value, locations, weights, _flat(source_grids))
     return ms_deform_attn_sample_reference(value, locations, weights, source_grids)
+
+
+def _use_native(value: Tensor, implementation: str) -> bool:
+    """Whether to run natively. An exported graph is for other runtimes, which know PyTorch's operators only."""
+    if implementation == "auto" and (torch.compiler.is_exporting() or torch.jit.is_tracing()):
+        return False
+    return use_native(value.device.type, implementation)
 
 
 def _as_grids(grids: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     return [(height, width) for height, width in grids]
+
+
+def _flat(grids: Sequence[tuple[int, int]]) -> list[int]:
+    return [size for grid in grids for size in grid]
 
 
 def _cells(grids: Sequence[tuple[int, int]]) -> int:

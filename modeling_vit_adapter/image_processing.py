@@ -17,6 +17,7 @@ from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import (
     IMAGENET_DEFAULT_MEAN,
     IMAGENET_DEFAULT_STD,
+    ChannelDimension,
     ImageInput,
     PILImageResampling,
     SizeDict,
@@ -75,9 +76,6 @@ class MaskRcnnImageProcessor(TorchvisionBackend):
     do_pad = True
     pad_size_divisor = 32
 
-    def __init__(self, **kwargs: Unpack[MaskRcnnImageProcessorKwargs]) -> None:
-        super().__init__(**kwargs)
-
     def preprocess(
         self,
         images: ImageInput,
@@ -121,9 +119,15 @@ class MaskRcnnImageProcessor(TorchvisionBackend):
         return super().fetch_images(image)
 
     def process_image(
-        self, image: ImageInput, do_convert_rgb: bool | None = None, do_rescale: bool | None = None, **kwargs: Any
+        self,
+        image: ImageInput,
+        do_convert_rgb: bool | None = None,
+        input_data_format: str | ChannelDimension | None = None,
+        device: torch.device | None = None,
+        **kwargs: Any,
     ) -> torch.Tensor:
         """One picture as an upright tensor (3, h, w), uint8 unless it is an array that shall not be rescaled."""
+        do_rescale = kwargs.get("do_rescale")
         if isinstance(image, Image.Image):
             image = to_rgb(image) if do_convert_rgb else image
         elif do_rescale and isinstance(image, np.ndarray):
@@ -131,7 +135,7 @@ class MaskRcnnImageProcessor(TorchvisionBackend):
         elif do_rescale and isinstance(image, torch.Tensor) and image.dtype != torch.uint8:
             values = image.double() if image.is_floating_point() else image  # NumPy has no bfloat16
             image = torch.from_numpy(to_bytes(values.numpy(force=True))).to(image.device)
-        return super().process_image(image, do_convert_rgb=do_convert_rgb, **kwargs)
+        return super().process_image(image, do_convert_rgb, input_data_format, device, **kwargs)
 
     def resize(
         self,
@@ -144,14 +148,14 @@ class MaskRcnnImageProcessor(TorchvisionBackend):
         """A picture (..., h, w) at the size asked for; edges and 8-bit bilinear values round as in the reference."""
         antialias = self.antialias if antialias is None else antialias
         if size.shortest_edge or size.longest_edge:
-            height, width = resized_size(*image.shape[-2:], size.shortest_edge, size.longest_edge)
+            height, width = resized_size(image.shape[-2], image.shape[-1], size.shortest_edge, size.longest_edge)
             size = SizeDict(height=height, width=width)
         as_opencv = image.dtype == torch.uint8 and resample == PILImageResampling.BILINEAR and not antialias
         if as_opencv and size.height and size.width:
             return resize_bilinear(image, size.height, size.width)
         return super().resize(image, size, resample=resample, antialias=antialias, **kwargs)
 
-    def _preprocess(
+    def _preprocess(  # type: ignore[override]  # the annotations come second, as in transformers' detectors
         self,
         images: list[torch.Tensor],
         annotations: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
@@ -163,18 +167,18 @@ class MaskRcnnImageProcessor(TorchvisionBackend):
         do_rescale: bool,
         rescale_factor: float,
         do_normalize: bool,
-        image_mean: float | Sequence[float] | None,
-        image_std: float | Sequence[float] | None,
+        image_mean: Any,
+        image_std: Any,
         do_pad: bool,
         pad_size: SizeDict | None,
         pad_size_divisor: int,
         return_tensors: Any,
         **kwargs: Any,
     ) -> BatchFeature:
-        original_sizes = [tuple(image.shape[-2:]) for image in images]
+        original_sizes = [(image.shape[-2], image.shape[-1]) for image in images]
         if do_resize:
             images = [self.resize(image, size, resample=resample, antialias=antialias) for image in images]
-        sizes = [tuple(image.shape[-2:]) for image in images]
+        sizes = [(image.shape[-2], image.shape[-1]) for image in images]
         images = [
             self.rescale_and_normalize(image, do_rescale, rescale_factor, do_normalize, image_mean, image_std)
             for image in images
@@ -182,8 +186,8 @@ class MaskRcnnImageProcessor(TorchvisionBackend):
         data: dict[str, Any] = {"pixel_values": images}
         if do_pad:
             pad_size = pad_size or _common_size(sizes, pad_size_divisor)
-            images, masks = self.pad(images, pad_size=pad_size, return_mask=True)
-            data = {"pixel_values": torch.stack(images), "pixel_mask": torch.stack(masks)}
+            padded, masks = self.pad(images, pad_size=pad_size, return_mask=True)
+            data = {"pixel_values": torch.stack(list(padded)), "pixel_mask": torch.stack(list(masks))}
         features = BatchFeature(data, tensor_type=return_tensors)
         if annotations is not None:
             annotations = [annotations] if isinstance(annotations, Mapping) else list(annotations)
@@ -380,7 +384,7 @@ def _scale_factor(original_size: tuple[int, int], size: tuple[int, int]) -> torc
     return torch.tensor([size[1] / original_size[1], size[0] / original_size[0]] * 2, dtype=torch.float32)
 
 
-def _common_size(sizes: Sequence[tuple[int, ...]], divisor: int) -> SizeDict:
+def _common_size(sizes: Sequence[tuple[int, int]], divisor: int) -> SizeDict:
     """The smallest size with sides that are multiples of the divisor and hold every one of the sizes."""
     height, width = (-(-max(sides) // divisor) * divisor for sides in zip(*sizes, strict=True))
     return SizeDict(height=height, width=width)

@@ -15,6 +15,9 @@ try:
 except ImportError:  # only run lengths and polygons need it
     coco_mask = None
 
+Box = Sequence[float] | np.ndarray
+"""Left, top, right, bottom in pixels."""
+
 # Pixels pasted at a time: bounds the memory of one mask, however large the picture (about 16 MiB of float32).
 STRIP_PIXELS = 1 << 22
 
@@ -28,7 +31,7 @@ class Region(NamedTuple):
     bottom: int
 
 
-def paste_region(box: Sequence[float], height: int, width: int) -> Region:
+def paste_region(box: Box, height: int, width: int) -> Region:
     """The pixels that a mask predicted for `box` (4,) may fill: those it touches and one more on every side."""
     left, top, right, bottom = (float(side) for side in box)
     return Region(
@@ -39,9 +42,7 @@ def paste_region(box: Sequence[float], height: int, width: int) -> Region:
     )
 
 
-def paste_mask(
-    probabilities: np.ndarray, box: Sequence[float], height: int, width: int, threshold: float = 0.5
-) -> np.ndarray:
+def paste_mask(probabilities: np.ndarray, box: Box, height: int, width: int, threshold: float = 0.5) -> np.ndarray:
     """The mask of an object in its picture: `probabilities` stretched over the box, where at least `threshold`.
 
     Args:
@@ -59,7 +60,7 @@ def paste_mask(
 
 
 def paste_mask_as_rle(
-    probabilities: np.ndarray, box: Sequence[float], height: int, width: int, threshold: float = 0.5
+    probabilities: np.ndarray, box: Box, height: int, width: int, threshold: float = 0.5
 ) -> dict[str, Any]:
     """What `paste_mask` gives, as an RLE with `counts` a string; the picture itself is never laid out in memory.
 
@@ -146,7 +147,7 @@ def _nearest_indices(old: int, new: int) -> np.ndarray:
 
 
 def _pasted_strips(
-    probabilities: np.ndarray, box: Sequence[float], region: Region, threshold: float
+    probabilities: np.ndarray, box: Box, region: Region, threshold: float
 ) -> Iterator[tuple[int, np.ndarray]]:
     """The pasted mask in vertical strips from the left: (first column, (columns, rows of the region) bool).
 

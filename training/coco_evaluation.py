@@ -1,7 +1,7 @@
 """Box and mask AP as the COCO benchmark and the published detectors measure it, judged by pycocotools.
 
-T: IoU thresholds 0.50, 0.55, …, 0.95. R: recall levels. K: categories. A: areas all, small, medium, large. M: limits on
-the detections of a picture, of which the largest is read.
+T: IoU thresholds 0.50, 0.55, …, 0.95. R: recall levels. K: categories. A: areas all, small, medium, large. M: limits
+on the detections of a picture, of which the largest is read.
 """
 
 import contextlib

@@ -4,15 +4,15 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-try:
-    import vit_adapter  # noqa: F401
-except ModuleNotFoundError:
-    sys.exit("vit_adapter is not installed: run `pip install -e .` in the repository's folder")
-
 import torch.distributed
 
-from vit_adapter.training.recipe import SETTINGS, Recipe, load_recipe
-from vit_adapter.training.training_run import Losses, StopRequested, TrainingRun
+try:
+    from vit_adapter.training.recipe import SETTINGS, Recipe, load_recipe
+    from vit_adapter.training.training_run import Losses, StopRequested, TrainingRun
+except ModuleNotFoundError as error:
+    if error.name != "vit_adapter":
+        raise
+    sys.exit("vit_adapter is not installed: run `pip install -e .` in the repository's folder")
 
 USAGE = "usage: accelerate launch training/train.py RECIPE.yaml [--name value …]"
 INPUT_AT_FAULT = 2
