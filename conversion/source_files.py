@@ -143,7 +143,7 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
 
 def _read_npz(path: Path) -> dict[str, torch.Tensor]:
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
     except (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile, AttributeError) as error:
         raise SourceError(f"{path}: truncated or corrupt, or no .npz of plain arrays ({error})") from error

@@ -85,8 +85,12 @@ class Resize:
     short_sides: tuple[int, ...]
     long_side: int = 1333
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.short_sides, tuple) or not self.short_sides:
+            raise ValueError(f"the step resize takes a list of short_sides, but got {self.short_sides!r}")
+
     def __call__(self, view: View, draws: Draws) -> View:
-        short_side = self.short_sides[draws.integers(0, len(self.short_sides)) if len(self.short_sides) > 1 else 0]
+        short_side = self.short_sides[draws.integers(0, len(self.short_sides))]
         height, width = view.size
         new_height, new_width = resized_size(height, width, short_side, self.long_side)
         if (new_height, new_width) == (height, width):

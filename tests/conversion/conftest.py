@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from vit_adapter import ViTAdapterConfig
 
 MANIFESTS = Path(__file__).resolve().parents[1] / "reference" / "manifests"

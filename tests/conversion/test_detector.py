@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from vit_adapter import MaskRcnnConfig, ViTAdapterConfig
 from vit_adapter.configuration.presets import PRESETS
 from vit_adapter.conversion.detector import (

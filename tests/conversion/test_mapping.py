@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from vit_adapter.conversion.mapping import (
     CoverageError,
     Drop,

@@ -120,12 +120,6 @@ def test_losses_and_gradients_equal_the_reference(
     for name, gradient in expected.items():
         error = (ours[name] - gradient).norm()
         assert error <= GRADIENT_ERROR[mode] * gradient.norm(), (name, error.item())
-    if mode == "train":
-        # The counters of this case were stored before the batch; those of backbone_grad_train after it.
-        statistics = [key for key in case.tensors if key.startswith(f"{run}.after.") and "num_batches" not in key]
-        assert len(statistics) == 20
-        for key in statistics:
-            torch.testing.assert_close(ours[key.removeprefix(f"{run}.after.")], case.tensors[key], rtol=1e-4, atol=1e-5)
 
 
 def watch_samples(model, monkeypatch) -> list[dict[str, torch.Tensor]]:
