@@ -1,5 +1,8 @@
-"""Configuration of the Mask R-CNN detector (He et al., ICCV 2017, https://arxiv.org/abs/1703.06870) on a feature pyramid
-(Lin et al., CVPR 2017, https://arxiv.org/abs/1612.03144), with the numbers of the published ViT-Adapter detectors."""
+"""Configuration of the Mask R-CNN detector, with the numbers of the published ViT-Adapter detectors as defaults.
+
+He et al., "Mask R-CNN", ICCV 2017, https://arxiv.org/abs/1703.06870, on the feature pyramid of Lin et al., CVPR 2017,
+https://arxiv.org/abs/1612.03144.
+"""
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
@@ -53,7 +56,8 @@ class MaskRcnnConfig(PreTrainedConfig):
         initializer_range: Kept for transformers; the heads have initialisations of their own.
 
     Raises:
-        ValueError: The fields contradict each other; the message names both sides.
+        huggingface_hub.errors.StrictDataclassError: A field has the wrong type, or fields contradict each other; the
+            message names both sides.
     """
 
     model_type = "mask_rcnn"
@@ -109,9 +113,9 @@ class MaskRcnnConfig(PreTrainedConfig):
         out_indices = getattr(self.backbone_config, "out_indices", None)
         if out_indices is None or len(out_indices) != NUM_BACKBONE_LEVELS:
             raise ValueError(
-                f"The detector needs a backbone with four maps at strides 4, 8, 16 and 32, but the backbone_config of "
-                f"type {self.backbone_config.model_type} has out_indices {out_indices}: give it four, [1, 2, 3, 4] for "
-                "most transformers backbones."
+                "The detector needs a backbone with four maps at strides 4, 8, 16 and 32, but the backbone_config of "
+                f"type {self.backbone_config.model_type} has out_indices {out_indices}: give it four, [1, 2, 3, 4] "
+                "for most transformers backbones."
             )
 
     def validate_pyramid(self):
@@ -141,8 +145,8 @@ class MaskRcnnConfig(PreTrainedConfig):
             raise ValueError(f"box_delta_stds is {self.box_delta_stds}, but four numbers (x, y, w, h) were expected.")
         if self.rpn_negative_iou > self.rpn_positive_iou:
             raise ValueError(
-                f"rpn_negative_iou {self.rpn_negative_iou} is above rpn_positive_iou {self.rpn_positive_iou}: an anchor "
-                "would be both."
+                f"rpn_negative_iou {self.rpn_negative_iou} is above rpn_positive_iou {self.rpn_positive_iou}: an "
+                "anchor would be both."
             )
         if not self.id2label:
             raise ValueError("id2label is empty, but a detector needs at least one class.")

@@ -1,5 +1,9 @@
-"""Configuration of the ViT-Adapter backbone (Chen et al., "Vision Transformer Adapter for Dense Predictions", ICLR 2023,
-https://arxiv.org/abs/2205.08534)."""
+"""Configuration of the ViT-Adapter backbone.
+
+Chen et al., "Vision Transformer Adapter for Dense Predictions", ICLR 2023, https://arxiv.org/abs/2205.08534.
+"""
+
+import itertools
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
@@ -55,11 +59,12 @@ class ViTAdapterConfig(BackboneConfigMixin, PreTrainedConfig):
         injector_scale_init: Initial value of the injectors' per-channel scale.
         add_vit_features: Whether the ViT's last tokens are added to all four maps.
 
-    The backbone's stages are `stage1` to `stage4`, the maps at strides 4, 8, 16 and 32; `out_features` or `out_indices`
-    choose among them, and by default only the last is returned.
+    The backbone's stages are `stage1` to `stage4`, the maps at strides 4, 8, 16 and 32; `out_features` or
+    `out_indices` choose among them, and by default only the last is returned.
 
     Raises:
-        ValueError: The fields contradict each other; the message names both sides.
+        huggingface_hub.errors.StrictDataclassError: A field has the wrong type, or fields contradict each other; the
+            message names both sides.
     """
 
     model_type = "vit_adapter"
@@ -101,7 +106,7 @@ class ViTAdapterConfig(BackboneConfigMixin, PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if self.interaction_indexes is None:
             bounds = [stage * self.num_hidden_layers // DEFAULT_NUM_STAGES for stage in range(DEFAULT_NUM_STAGES + 1)]
-            self.interaction_indexes = [[first, end - 1] for first, end in zip(bounds, bounds[1:], strict=False)]
+            self.interaction_indexes = [[first, end - 1] for first, end in itertools.pairwise(bounds)]
         self.interaction_indexes = [list(stage) for stage in self.interaction_indexes]
         if self.window_sizes is None:
             last_blocks = {stage[-1] for stage in self.interaction_indexes}
@@ -127,13 +132,13 @@ class ViTAdapterConfig(BackboneConfigMixin, PreTrainedConfig):
     def validate_patches(self):
         if self.patch_size != 16:
             raise ValueError(
-                f"patch_size is {self.patch_size}, but the adapter's maps at strides 4 to 32 need patches of 16 pixels: "
-                "resize the patch embedding (vit-adapter convert does it for DINOv2's 14)."
+                f"patch_size is {self.patch_size}, but the adapter's maps at strides 4 to 32 need patches of 16 "
+                "pixels: resize the patch embedding (vit-adapter convert does it for DINOv2's 14)."
             )
         if self.image_size % self.patch_size:
             raise ValueError(
-                f"image_size is {self.image_size}, which is no multiple of patch_size {self.patch_size}: it is the side "
-                "of the stored position embedding in pixels, 592 for DINOv2's 37 x 37 grid."
+                f"image_size is {self.image_size}, which is no multiple of patch_size {self.patch_size}: it is the "
+                "side of the stored position embedding in pixels, 592 for DINOv2's 37 x 37 grid."
             )
         if self.position_embedding_type not in ("learned", "rope"):
             raise ValueError(
@@ -162,14 +167,15 @@ class ViTAdapterConfig(BackboneConfigMixin, PreTrainedConfig):
     def validate_stages(self):
         if not self.interaction_indexes or any(len(stage) != 2 for stage in self.interaction_indexes):
             raise ValueError(
-                f"interaction_indexes is {self.interaction_indexes}, but [first, last] block of each stage was expected."
+                f"interaction_indexes is {self.interaction_indexes}, but [first, last] block of each stage was "
+                "expected."
             )
         expected = 0
         for first, last in self.interaction_indexes:
             if first != expected or last < first:
                 raise ValueError(
-                    f"The stages {self.interaction_indexes} leave a gap or overlap: the stage [{first}, {last}] should "
-                    f"begin at block {expected} and hold at least one block."
+                    f"The stages {self.interaction_indexes} leave a gap or overlap: the stage [{first}, {last}] "
+                    f"should begin at block {expected} and hold at least one block."
                 )
             expected = last + 1
         if expected != self.num_hidden_layers:

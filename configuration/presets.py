@@ -1,4 +1,4 @@
-"""The published models as data: architecture, training numbers, normalisation, origin of the weights, published accuracy.
+"""The published models as data: architecture, training numbers, normalisation, origin of the weights, published AP.
 
 Sources: Chen et al., "Vision Transformer Adapter for Dense Predictions" (ICLR 2023) and the detection tables of its
 release for Mask R-CNN on COCO val2017. `3x` trains 36 epochs with multi-scale crops, `1x` 12 epochs at one scale.
@@ -129,7 +129,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             box_ap=54.1,
             mask_ap=47.8,
         ),
-        # The published configuration trains with 127.5 and tests with the ImageNet values; 55.3 / 49.0 belongs to that.
+        # The published configuration trains with 127.5 and tests with the ImageNet values; the AP belongs to that.
         "dinov2-large": Preset(
             backbone=_LARGE | _DINOV2,
             training=_ADAMW | _3X | {"layer_decay_rate": 0.65, "image_mean": HALF_MEAN, "image_std": HALF_STD},

@@ -42,9 +42,8 @@ _SOURCES = {"cpu": ("schema.cpp", "ms_deform_attn_cpu.cpp"), "cuda": ("ms_deform
 # -fno-math-errno and -fno-trapping-math change no result; without them the compiler may not vectorise selections.
 _COMPILER_FLAGS = ["-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
 _CAPABILITY_FLAGS = {
-    "AVX2": ["-mavx2", "-mfma", "-mf16c"],
-    "AVX512": ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
-    + ["-mprefer-vector-width=512"],
+    "AVX2": "-mavx2 -mfma -mf16c".split(),
+    "AVX512": "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512".split(),
 }
 _BUILD = "import json, sys, torch.utils.cpp_extension as c; c.load(**json.loads(sys.argv[1]))"
 
@@ -214,7 +213,7 @@ def _find(kind: str) -> Path | None:
 
 
 def _runs_here(tag: str) -> bool:
-    """Whether a CUDA library of that name has code for every visible device (where none is visible, for the default)."""
+    """Whether a CUDA library of that name has code for every visible device, or where none is, for the default."""
     architectures = tag.rsplit("-", 2)[1].replace("_", ";")
     if not torch.cuda.is_available():
         return architectures == _cuda_architectures()
@@ -260,8 +259,8 @@ def _build(kind: str, folder: Path) -> Path:
             result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
             if result.returncode:
                 log = folder / "build.log"
-                log.write_text(result.stdout + result.stderr)
-                last = (result.stderr.strip().splitlines() or ["no output"])[-1]
+                words = result.stdout + result.stderr
+                error = next((line for line in words.splitlines() if "error" in line.lower()), "no word of an error")
                 raise NativeUnavailableError(
                     f"the {kind} kernel did not build; the compiler's words are in {log}: {last}"
                 )
@@ -321,7 +320,7 @@ def cuda_home() -> Path:
     nvcc = str(Path(given) / "bin" / "nvcc") if given else shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
     if not Path(nvcc).is_file():
         raise NativeUnavailableError(
-            f"there is no nvcc at {nvcc}; install the CUDA toolkit {torch.version.cuda}, or name its folder in CUDA_HOME"
+            f"there is no nvcc at {nvcc}; install the toolkit of CUDA {torch.version.cuda}, or name it in CUDA_HOME"
         )
     output = subprocess.run(
         [nvcc, "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True, check=False

@@ -35,7 +35,7 @@ def ms_deform_attn_sample_reference(
     value: Tensor, locations: Tensor, weights: Tensor, source_grids: Sequence[tuple[int, int]]
 ) -> Tensor:
     """Weighted sum of bilinear samples at given places; see `ms_deform_attn_sample` for the arguments."""
-    batch, queries, heads = weights.shape[:3]
+    batch, _, heads, channels = value.shape
     precise = torch.promote_types(value.dtype, torch.float32)
     levels = value.to(precise).split([height * width for height, width in source_grids], dim=1)
     # grid_sample counts -1 to 1 from edge to edge, which is 0 to 1 of the locations.
@@ -43,7 +43,7 @@ def ms_deform_attn_sample_reference(
     coordinates = coordinates.permute(3, 0, 2, 1, 4, 5).flatten(1, 2)  # (L, B * M, Q, P, 2)
     samples = [
         grid_sample(
-            level.permute(0, 2, 3, 1).reshape(batch * heads, -1, *grid),
+            level.permute(0, 2, 3, 1).reshape(batch * heads, channels, *grid),
             level_coordinates,
             mode="bilinear",
             padding_mode="zeros",

@@ -17,7 +17,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from ..configuration.configuration_vit_adapter import ViTAdapterConfig
 from .deformable_attention import DeformableAttention
-from .interaction import AdapterStage, Extractor, Injector
+from .interaction import AdapterStage, Injector
 from .spatial_prior import SpatialPrior
 from .token_pyramid import Grid, TokenPyramid
 from .vision_transformer import LayerScale, RotaryPositions, ViTAttention, ViTEmbeddings, ViTLayer
@@ -176,9 +176,7 @@ class ViTAdapterBackbone(BackboneMixin, ViTAdapterPreTrainedModel):
         maps = [finest + self.upsample(stride8), stride8, stride16, stride32]
         if self.config.add_vit_features:
             (tokens,) = vit.maps()
-            maps = [
-                feature + _resize(tokens, factor) for feature, factor in zip(maps, (4, 2, 1, 0.5), strict=True)
-            ]
+            maps = [feature + _resize(tokens, factor) for feature, factor in zip(maps, (4, 2, 1, 0.5), strict=True)]
         return tuple(
             norm(feature)
             for name, norm, feature in zip(self.stage_names[1:], self.norms, maps, strict=True)
@@ -193,8 +191,8 @@ class ViTAdapterBackbone(BackboneMixin, ViTAdapterPreTrainedModel):
             )
         if height % COARSEST_STRIDE or width % COARSEST_STRIDE:
             raise ValueError(
-                f"pixel_values is {height} x {width} pixels, but both sides must be multiples of {COARSEST_STRIDE}: pad "
-                "the pictures at the right and bottom, as MaskRcnnImageProcessor does."
+                f"pixel_values is {height} x {width} pixels, but both sides must be multiples of {COARSEST_STRIDE}: "
+                "pad the pictures at the right and bottom, as MaskRcnnImageProcessor does."
             )
 
 

@@ -1,7 +1,7 @@
 """Multi-scale deformable attention (Zhu et al., "Deformable DETR", ICLR 2021) over fixed grids.
 
-Shape letters: B batch, Q query tokens, S source tokens, C channels, M heads, L source levels, P points, D channels of a
-head.
+Shape letters: B batch, Q query tokens, S source tokens, C channels, M heads, D channels of a head, L source levels,
+P points.
 """
 
 import math

@@ -1,5 +1,6 @@
-"""The adapter around the ViT's blocks (Chen et al., ICLR 2023, sections 3.4 and 3.5): injectors bring the prior into the
-ViT, extractors bring the ViT's features into the prior.
+"""The adapter around the ViT's blocks: injectors bring the prior into the ViT, extractors its features into the prior.
+
+Chen et al., ICLR 2023, sections 3.4 and 3.5.
 
 Shape letters: B batch, N tokens of the ViT, S tokens of the prior over its three levels, C channels.
 

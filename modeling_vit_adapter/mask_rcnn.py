@@ -122,9 +122,9 @@ class MaskRcnnForInstanceSegmentation(MaskRcnnPreTrainedModel):
             pixel_values: (B, 3, H, W), normalised; H and W multiples of 32.
             pixel_mask: (B, H, W), 1 where the picture is: a rectangle from the top-left corner. `None`: everywhere.
             labels: One dictionary a picture: `boxes` (G, 4) xyxy in pixels of the padded input; `class_labels` (G,);
-                `masks` (G, h, w), bitmaps with h ≤ H and w ≤ W from the top-left corner, zero beyond, or `polygons`, for
-                each object a list of flat x, y sequences in pixels of the padded input; `ignored_boxes` (M, 4) has no
-                effect, as in the reference.
+                `masks` (G, h, w), bitmaps with h ≤ H and w ≤ W from the top-left corner, zero beyond, or `polygons`,
+                for each object a list of flat x, y sequences in pixels of the padded input; `ignored_boxes` (M, 4) has
+                no effect, as in the reference.
 
         Raises:
             ValueError: Inputs contradict each other or the configuration; the message names both sides.
@@ -241,9 +241,9 @@ class MaskRcnnForInstanceSegmentation(MaskRcnnPreTrainedModel):
         for feature, stride in zip(pyramid[: len(self.backbone.channels)], self.config.anchor_strides, strict=False):
             if tuple(size * stride for size in feature.shape[-2:]) != sides:
                 raise ValueError(
-                    f"The backbone gave a map of {feature.shape[-2]} x {feature.shape[-1]} for an input of {sides[0]} x "
-                    f"{sides[1]} pixels, but stride {stride} was expected: the sides of the input must be multiples of "
-                    "32, and the backbone's out_indices must name the maps at strides 4, 8, 16 and 32."
+                    f"The backbone gave a map of {feature.shape[-2]} x {feature.shape[-1]} for an input of "
+                    f"{sides[0]} x {sides[1]} pixels, but stride {stride} was expected: the input's sides must be "
+                    "multiples of 32, and the backbone's out_indices must name the maps at strides 4, 8, 16 and 32."
                 )
 
 
@@ -269,7 +269,7 @@ def _image_sizes(pixel_values: Tensor, pixel_mask: Tensor | None) -> Tensor:
     rows = torch.arange(height, device=sizes.device) < sizes[:, :1]
     columns = torch.arange(width, device=sizes.device) < sizes[:, 1:]
     if not torch.equal(inside, rows[:, :, None] & columns[:, None]) or not sizes.all():
-        raise ValueError("pixel_mask must be 1 in a rectangle from the top-left corner of each picture and 0 elsewhere.")
+        raise ValueError("pixel_mask must be 1 in a rectangle from each picture's top-left corner, and 0 elsewhere.")
     return sizes
 
 
@@ -287,8 +287,8 @@ def _check_labels(labels: Labels, batch: int, num_classes: int) -> None:
         # On a GPU a look at the values would wait for it; there, indexing asserts the range.
         if not classes.is_cuda and len(classes) and not 0 <= classes.min() <= classes.max() < num_classes:
             raise ValueError(
-                f"The class_labels of picture {picture} run from {classes.min()} to {classes.max()}, but the model has "
-                f"{num_classes} classes, numbered from 0."
+                f"The class_labels of picture {picture} run from {classes.min()} to {classes.max()}, but the model "
+                f"has {num_classes} classes, numbered from 0."
             )
 
 

@@ -1,4 +1,4 @@
-"""Features of regions of interest from a feature pyramid (Lin et al., FPN, CVPR 2017; He et al., Mask R-CNN, ICCV 2017).
+"""Features of regions of interest from a feature pyramid (Lin et al., CVPR 2017; He et al., ICCV 2017).
 
 Shape letters: R regions of all pictures, C channels, S side of the pooled feature.
 """
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torchvision.ops import roi_align
 
 from .boxes import box_area
@@ -15,7 +16,7 @@ from .boxes import box_area
 def roi_levels(boxes: Tensor, num_levels: int, finest_scale: float) -> Tensor:
     """The level of each box (R, 4), 0 the finest: (R,).
 
-    FPN, equation 1, with the reference's numbers: level 0 up to twice `finest_scale` pixels, one more at each doubling.
+    FPN, equation 1, with the reference's numbers: level 0 below twice `finest_scale`, one more at each doubling.
     """
     sides = box_area(boxes).sqrt()
     return (sides / finest_scale + 1e-6).log2().floor().clamp(0, num_levels - 1).long()
@@ -35,8 +36,8 @@ def pool_regions(
     Returns:
         (R, C, S, S), picture by picture.
     """
-    image_of_box = torch.cat([boxes_of_one.new_full((len(boxes_of_one), 1), i) for i, boxes_of_one in enumerate(boxes)])
-    regions = torch.cat([image_of_box, torch.cat(list(boxes))], dim=1).to(features[0].dtype)
+    numbered = [functional.pad(of_picture, (1, 0), value=picture) for picture, of_picture in enumerate(boxes)]
+    regions = torch.cat(numbered).to(features[0].dtype)  # (R, 5) as (picture, x1, y1, x2, y2)
     levels = roi_levels(regions[:, 1:], len(features), finest_scale)
     pooled = features[0].new_zeros(len(regions), features[0].shape[1], side, side)
     for level, (feature, stride) in enumerate(zip(features, strides, strict=True)):

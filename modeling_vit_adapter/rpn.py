@@ -1,6 +1,7 @@
 """The region proposal network (Ren et al., "Faster R-CNN", NeurIPS 2015) on a feature pyramid.
 
-Shape letters: B batch, A anchors of a cell, N anchors of a picture over all levels, H and W rows and columns of a level.
+Shape letters: B batch, A anchors of a cell, N anchors of a picture over all levels, H and W rows and columns of a
+level.
 """
 
 from collections.abc import Sequence
@@ -102,9 +103,7 @@ class RegionProposalNetwork(nn.Module):
             proposals.append(Proposals(boxes[kept], scores[kept]))
         return proposals
 
-    def _best_of_each_level(
-        self, prediction: RpnPrediction, scores: Tensor, count: int
-    ) -> tuple[Tensor, Tensor]:
+    def _best_of_each_level(self, prediction: RpnPrediction, scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Anchors with the best scores (B, N) of each level, (B, n), and the level of each place, (n,)."""
         indices, levels, first = [], [], 0
         sizes = [height * width * len(self.config.anchor_ratios) for height, width in prediction.grids]
@@ -115,9 +114,7 @@ class RegionProposalNetwork(nn.Module):
             first += scores_of_level.shape[1]
         return torch.cat(indices, dim=1), torch.cat(levels)
 
-    def loss(
-        self, prediction: RpnPrediction, image_sizes: Tensor, objects: Sequence[Tensor]
-    ) -> tuple[Tensor, Tensor]:
+    def loss(self, prediction: RpnPrediction, image_sizes: Tensor, objects: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Classification and regression loss of sampled anchors (Faster R-CNN, equation 1, with L1).
 
         Both are sums over the batch, divided by the number of sampled anchors; a picture counts at least one positive

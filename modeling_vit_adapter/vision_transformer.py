@@ -1,7 +1,7 @@
 """The plain vision transformer (Dosovitskiy et al., ICLR 2021): one block for DeiT, AugReg, DINOv2 and DINOv3.
 
-Shape letters: B batch, N patch tokens, P prefix (class and register) tokens, C channels, M heads, D channels of a head.
-Prefix tokens, where a model keeps any, stand in front of the patch tokens.
+Shape letters: B batch, N patch tokens, P prefix (class and register) tokens, C channels, M heads, D channels of a
+head. Prefix tokens, where a model keeps any, stand in front of the patch tokens.
 """
 
 from collections.abc import Callable
@@ -34,8 +34,8 @@ class PatchEmbeddings(nn.Module):
 class ViTEmbeddings(nn.Module):
     """Patch tokens with their positions, behind the prefix tokens where the model keeps any.
 
-    The stored grid of position embeddings is resized to the picture's by bicubic interpolation without antialiasing, as
-    in the reference. Its slot 0 belongs to the class token: without prefix tokens it is never read.
+    The stored grid of position embeddings is resized to the picture's by bicubic interpolation without antialiasing,
+    as in the reference. Its slot 0 belongs to the class token: without prefix tokens it is never read.
     """
 
     def __init__(self, config: ViTAdapterConfig):
@@ -143,7 +143,7 @@ class ViTAttention(nn.Module):
     """Self-attention over all tokens, or over the patch tokens within windows.
 
     Args:
-        window: Side of the windows in patches; 0 for global attention. Windowed attention leaves out the prefix tokens.
+        window: Side of the windows in patches; 0 for global attention. Windows leave out the prefix tokens.
     """
 
     def __init__(self, config: ViTAdapterConfig, window: int):

@@ -10,6 +10,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -88,9 +89,10 @@ def load_checkpoint(path: Path) -> Checkpoint:
     try:
         model = load_file(path / WEIGHTS)
         training = torch.load(path / STATE, map_location="cpu", weights_only=True)
-    except (OSError, SafetensorError, RuntimeError, EOFError) as error:
+    except (OSError, SafetensorError, RuntimeError, EOFError, UnpicklingError) as error:
+        reason = str(error).splitlines()[0]
         raise ValueError(
-            f"{path}: the checkpoint is damaged ({error}): remove it to go on from the one before"
+            f"{path}: the checkpoint is damaged ({reason}): remove it to go on from the one before"
         ) from error
     return Checkpoint(int(match[1]), model, training)
 

@@ -43,12 +43,14 @@ def load_detector(model: str, device: str) -> Detector:
         detector, report = MaskRcnnForInstanceSegmentation.from_pretrained(model, output_loading_info=True)
         processor = MaskRcnnImageProcessor.from_pretrained(model)
     except (OSError, RuntimeError, StrictDataclassError, SafetensorError) as error:
-        place = "the model cannot be loaded" if Path(model).is_dir() else "no such folder, nor can it be had from the Hub"
+        place = (
+            "the model cannot be loaded" if Path(model).is_dir() else "no such folder, nor can it be had from the Hub"
+        )
         raise ValueError(f"{model}: {place}: {' '.join(str(error).split())}") from error
     if incomplete := sorted(report["missing_keys"]):
         raise ValueError(
-            f"{model}: the folder lacks {len(incomplete)} of the detector's tensors, {incomplete[0]} among them: train "
-            "it first"
+            f"{model}: the folder lacks {len(incomplete)} of the detector's tensors, {incomplete[0]} among them: "
+            "train it first"
         )
     return detector.to(device).eval(), processor
 

@@ -84,8 +84,8 @@ at::Tensor run_forward(
 
 // The greatest number that any sum in value's gradient can reach: every query once with its whole attention.
 at::Tensor bound_of(const Problem& problem, const at::Tensor& grad_output, const at::Tensor& weights) {
-  const at::Tensor greatest = grad_output.abs().amax().to(at::kFloat) * static_cast<double>(problem.queries);
-  return problem.fused ? greatest : greatest * weights.abs().amax().to(at::kFloat) * problem.samples;
+  at::Tensor bound = grad_output.abs().amax().to(at::kFloat).mul_(problem.queries);
+  return problem.fused ? bound : bound.mul_(weights.abs().amax()).mul_(problem.samples);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> run_backward(

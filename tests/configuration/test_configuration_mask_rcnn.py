@@ -3,6 +3,7 @@
 import pytest
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, ResNetConfig
+
 from vit_adapter import MaskRcnnConfig, ViTAdapterConfig
 
 

@@ -1,6 +1,7 @@
 """The presets against the published tables."""
 
 import pytest
+
 from vit_adapter import MaskRcnnConfig, ViTAdapterConfig
 from vit_adapter.configuration.presets import PRESETS
 

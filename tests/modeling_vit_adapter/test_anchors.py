@@ -1,6 +1,7 @@
 """Anchors: by hand and against the reference, exactly."""
 
 import torch
+
 from vit_adapter.modeling_vit_adapter.anchors import base_anchors, cells_within, grid_anchors
 
 

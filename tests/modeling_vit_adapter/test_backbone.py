@@ -1,6 +1,6 @@
 """The backbone against the reference, and as a citizen of transformers.
 
-Tolerances are those of the reference's own README: its float32 and float64 runs differ by up to 3e-5, and its reference
+Tolerances are those that its README calls fair: its float32 and float64 runs differ by up to 3e-5, and its reference
 points are float32 even in the float64 run, which moves the maps by up to 2.5e-6.
 """
 
@@ -9,6 +9,7 @@ import copy
 import pytest
 import torch
 from transformers import AutoBackbone
+
 from vit_adapter import ViTAdapterBackbone, ViTAdapterConfig
 from vit_adapter.conversion.detector import backbone_state_to_reference
 
@@ -85,7 +86,9 @@ def test_gradients_equal_the_reference(mode, reference_case, reference_backbone)
 def test_gradient_checkpointing_changes_no_gradient(use_reentrant, small_backbone_config):
     torch.manual_seed(0)
     model = ViTAdapterBackbone(small_backbone_config).train()
-    pixel_values = torch.randn(2, 3, 64, 96, requires_grad=True)  # reentrant checkpointing needs an input with gradient
+    pixel_values = torch.randn(
+        2, 3, 64, 96, requires_grad=True
+    )  # reentrant checkpointing needs an input with gradient
 
     def gradients() -> dict[str, torch.Tensor]:
         model.zero_grad()

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from vit_adapter import MaskRcnnConfig
 from vit_adapter.modeling_vit_adapter.box_head import BoxHead, SampledRegions
 

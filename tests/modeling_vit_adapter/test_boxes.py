@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from vit_adapter.modeling_vit_adapter.boxes import MAX_LOG_SCALE, box_iou, clip_boxes, decode_boxes, encode_boxes
 
 ONES = torch.ones(4)

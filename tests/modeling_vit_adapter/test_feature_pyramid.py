@@ -1,6 +1,7 @@
 """The feature pyramid by hand and against the reference."""
 
 import torch
+
 from vit_adapter.modeling_vit_adapter.feature_pyramid import FeaturePyramid
 
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from vit_adapter import MaskRcnnConfig
 from vit_adapter.modeling_vit_adapter.mask_head import MaskHead, mask_targets, polygon_mask_targets
 from vit_adapter.modeling_vit_adapter.masks import decode_segmentation
@@ -64,7 +65,9 @@ def test_targets_equal_the_reference(reference_case):
 def test_targets_of_polygons_equal_those_of_their_bitmaps(polygons):
     height, width = 36, 40
     bitmap = torch.from_numpy(decode_segmentation(polygons, height, width))[None]
-    boxes = torch.tensor([[0.0, 0.0, 40.0, 36.0], [2.5, 1.5, 28.0, 30.0], [15.0, 18.0, 40.0, 36.0], [9.0, 9.0, 9.5, 9.5]])
+    boxes = torch.tensor(
+        [[0.0, 0.0, 40.0, 36.0], [2.5, 1.5, 28.0, 30.0], [15.0, 18.0, 40.0, 36.0], [9.0, 9.0, 9.5, 9.5]]
+    )
     objects = torch.zeros(len(boxes), dtype=torch.long)
     expected = mask_targets(bitmap, objects, boxes, side=28)
     found = polygon_mask_targets([polygons], objects, boxes, side=28, image_size=(height, width))

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from vit_adapter.modeling_vit_adapter import matching
 from vit_adapter.modeling_vit_adapter.matching import NEGATIVE, UNUSED, choose, match, sample
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from vit_adapter.modeling_vit_adapter.roi_pooling import pool_regions, roi_levels
 
 

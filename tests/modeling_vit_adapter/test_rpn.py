@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torchvision.ops import batched_nms, nms
+
 from vit_adapter import MaskRcnnConfig
 from vit_adapter.modeling_vit_adapter.rpn import RegionProposalNetwork, RpnPrediction
 

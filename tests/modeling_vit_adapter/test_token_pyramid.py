@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from vit_adapter.modeling_vit_adapter.token_pyramid import Grid, TokenPyramid
 
 

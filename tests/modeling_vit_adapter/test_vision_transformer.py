@@ -3,6 +3,7 @@
 import pytest
 import torch
 from transformers import Dinov2Config, Dinov2Model, DINOv3ViTConfig, DINOv3ViTModel
+
 from vit_adapter import ViTAdapterConfig
 from vit_adapter.modeling_vit_adapter.token_pyramid import Grid
 from vit_adapter.modeling_vit_adapter.vision_transformer import (
@@ -149,8 +150,8 @@ def test_blocks_with_rotary_positions_equal_those_of_dinov3_in_transformers():
         )
     ).eval()  # fmt: skip
     config = tiny_config(
-        num_prefix_tokens=4, position_embedding_type="rope", key_bias=False, layer_norm_eps=theirs.config.layer_norm_eps,
-        _attn_implementation="sdpa",
+        num_prefix_tokens=4, position_embedding_type="rope", key_bias=False,
+        layer_norm_eps=theirs.config.layer_norm_eps, _attn_implementation="sdpa",
     )  # fmt: skip
     embeddings, rotary = ViTEmbeddings(config), RotaryPositions(config)
     with torch.no_grad():
