@@ -125,6 +125,10 @@ def convert_source(
     if config is None:
         preset = preset or choose_preset(files, name)
         config = preset_config(preset, files, name)
+    elif isinstance(config, MaskRcnnConfig) and config.id2label == dict(
+        enumerate(_placeholders(len(config.id2label)))
+    ):
+        config.id2label, config.label2id = _labels(files)
     model_class = MaskRcnnForInstanceSegmentation if isinstance(config, MaskRcnnConfig) else ViTAdapterBackbone
     if (model_class is MaskRcnnForInstanceSegmentation) != (table is DETECTOR):
         raise SourceError(f"{source}: holds a {name}, which cannot become a {model_class.__name__}")
@@ -190,13 +194,8 @@ def preset_config(preset: str, files: SourceFiles, kind: str) -> ViTAdapterConfi
     backbone = ViTAdapterConfig(**PRESETS[preset].backbone, out_indices=[1, 2, 3, 4])
     if _kind(kind).table is not DETECTOR:
         return backbone
-    classes = class_names(files)
-    return MaskRcnnConfig(
-        backbone_config=backbone,
-        id2label=dict(enumerate(classes)),
-        label2id={label: index for index, label in enumerate(classes)},
-        **PRESETS[preset].detector,
-    )
+    id2label, label2id = _labels(files)
+    return MaskRcnnConfig(backbone_config=backbone, id2label=id2label, label2id=label2id, **PRESETS[preset].detector)
 
 
 def class_names(files: SourceFiles) -> list[str]:
@@ -205,7 +204,7 @@ def class_names(files: SourceFiles) -> list[str]:
     stated = files.meta.get("CLASSES")
     if isinstance(stated, list | tuple) and len(stated) == count:
         return [str(label) for label in stated]
-    return list(COCO_CLASSES) if count == len(COCO_CLASSES) else [f"class_{index}" for index in range(count)]
+    return list(COCO_CLASSES) if count == len(COCO_CLASSES) else _placeholders(count)
 
 
 def read_config(path: str | Path) -> ViTAdapterConfig | MaskRcnnConfig:
@@ -282,6 +281,17 @@ def _kind(name: str) -> Kind:
     if name not in KINDS:
         raise SourceError(f"there is no kind {name}; there are {', '.join(KINDS)}")
     return KINDS[name]
+
+
+def _labels(files: SourceFiles) -> tuple[dict[int, str], dict[str, int]]:
+    """id2label and label2id of a detector source."""
+    classes = class_names(files)
+    return dict(enumerate(classes)), {label: index for index, label in enumerate(classes)}
+
+
+def _placeholders(count: int) -> list[str]:
+    """What transformers calls classes without names."""
+    return [f"LABEL_{index}" for index in range(count)]
 
 
 def _our_shapes(state: State, table: Table) -> dict[str, Shape]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def base_anchors(stride: int, scale: float, ratios: Sequence[float], device: torch.device | None = None) -> Tensor:
-    """Anchors around (0, 0), (A, 4) xyxy, each of area (scale * stride)², in the order of `ratios` (height / width)."""
+    """Anchors around (0, 0), (A, 4) xyxy, each of area (scale * stride)²; `ratios` are height over width."""
     roots = torch.tensor(ratios, dtype=torch.float32, device=device).sqrt()
     half_heights, half_widths = 0.5 * scale * stride * roots, 0.5 * scale * stride / roots
     return torch.stack([-half_widths, -half_heights, half_widths, half_heights], dim=-1)

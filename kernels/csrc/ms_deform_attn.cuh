@@ -332,7 +332,6 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(
     const typename V::T* __restrict__ value, const Source<typename V::T> places,
     const Source<typename V::T> weights, const Sum grad_value, const Target<typename V::T> grad_places,
     const Target<typename V::T> grad_weights) {
-  using T = typename V::T;
   __shared__ Sample shared_samples[V::GROUPS * V::SAMPLE_SLOTS];
   __shared__ float shared_gradients[V::GROUPS * V::SAMPLE_SLOTS * 3];  // of a sample: weight, x, y
   const Work work = work_of<V>(problem);

