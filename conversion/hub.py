@@ -95,7 +95,7 @@ def _explained(repo: str) -> Iterator[None]:
         raise HubError(f"the Hub refused {page} with status {status}: {cure}; nothing local has changed") from error
     except OfflineModeIsEnabled as error:
         raise HubError(f"{page} cannot be reached, because HF_HUB_OFFLINE is set; unset it") from error
-    except (HTTPError, OSError, RuntimeError) as error:  # RuntimeError is how the client's xet part reports
+    except (HTTPError, OSError, RuntimeError) as error:  # RuntimeError: how the client reports a failed upload
         raise HubError(
             f"{page} cannot be reached, or the connection broke ({error}): no commit was made and nothing local has "
             "changed; try again"

@@ -107,8 +107,7 @@ def _metadata(config: PreTrainedConfig, origin: dict[str, Any], name: str) -> Mo
         tags=["vit-adapter", *(["mask-rcnn", "instance-segmentation", "object-detection"] if detector else [])],
         datasets=["detection-datasets/coco"] if is_published(config) else None,
         base_model=BASE_MODELS.get(preset.removesuffix("-1x")),
-        model_name=name.split("/")[-1],
-        eval_results=_eval_results(preset) if is_published(config) else None,
+        **({"model_name": name.split("/")[-1], "eval_results": _eval_results(preset)} if is_published(config) else {}),
     )
 
 
@@ -179,13 +178,13 @@ def _origin(origin: dict[str, Any]) -> str:
         "## Origin\n",
         f"Converted by {origin['converter']} from `{origin['source']}` (kind {origin['kind']}):\n",
         "| file | bytes | sha256 |\n|---|---|---|",
-        *(f"| {file} | {facts['bytes']} | {facts['sha256']} |" for file, facts in origin["files"].items()),
+        *(f"| {file} | {facts['bytes']} | {facts['sha256']} |" for file, facts in sorted(origin["files"].items())),
         "",
         "Every tensor of the source is used or dropped for a written reason, every tensor of the model is filled or "
         "listed as new; after writing, every tensor was read back and compared bit for bit with what was converted.",
     ]
     for verb in ("dropped", "filled", "new"):
-        for reason, names in origin[verb].items():
+        for reason, names in sorted(origin[verb].items()):
             shown = ", ".join(f"`{name}`" for name in names[:4]) + (f" and {len(names) - 4} more" if names[4:] else "")
             lines.append(f"\n- {verb}, {len(names)}: {shown}: {reason}.")
     return "\n".join(lines) + "\n"

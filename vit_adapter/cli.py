@@ -40,13 +40,21 @@ def load_detector(model: str, device: str) -> Detector:
         config = MaskRcnnConfig.get_config_dict(model)[0]
         if config.get("model_type") != MaskRcnnConfig.model_type:
             raise ValueError(f"{model}: the model is of type {config.get('model_type')}, but a detector was expected")
-        detector, report = MaskRcnnForInstanceSegmentation.from_pretrained(model, output_loading_info=True)
+        detector, report = MaskRcnnForInstanceSegmentation.from_pretrained(
+            model, output_loading_info=True, ignore_mismatched_sizes=True
+        )
         processor = MaskRcnnImageProcessor.from_pretrained(model)
     except (OSError, RuntimeError, StrictDataclassError, SafetensorError) as error:
         place = (
             "the model cannot be loaded" if Path(model).is_dir() else "no such folder, nor can it be had from the Hub"
         )
         raise ValueError(f"{model}: {place}: {' '.join(str(error).split())}") from error
+    if report["mismatched_keys"]:
+        name, stored, expected = min(report["mismatched_keys"])
+        raise ValueError(
+            f"{model}: {name} is stored as {tuple(stored)}, but config.json asks for {tuple(expected)}: the weights "
+            f"belong to another configuration, or to another number of classes than {detector.config.num_labels}"
+        )
     if incomplete := sorted(report["missing_keys"]):
         raise ValueError(
             f"{model}: the folder lacks {len(incomplete)} of the detector's tensors, {incomplete[0]} among them: "
@@ -59,14 +67,15 @@ def predict(arguments: argparse.Namespace) -> None:
     """Draws what a detector finds in pictures, and writes it as one COCO file."""
     from .training.visualization import draw_instances
 
-    images = [load_image(path) for path in tqdm(arguments.images, desc="reading")]  # all, before anything is written
+    with tqdm(arguments.images, desc="checking") as paths:  # all, before anything is written
+        for path in paths:
+            load_image(path)
     detector, processor = load_detector(arguments.model, arguments.device)
     names = detector.config.id2label
     arguments.out.mkdir(parents=True, exist_ok=True)
     pictures, annotations = [], []
-    for image_id, (path, image) in enumerate(
-        zip(tqdm(arguments.images, desc="predicting"), images, strict=True), start=1
-    ):
+    for image_id, path in enumerate(tqdm(arguments.images, desc="predicting"), start=1):
+        image = load_image(path)
         found = detect(detector, processor, image, arguments.threshold)
         pictures.append({"id": image_id, "file_name": str(path), "height": image.height, "width": image.width})
         for instance in found:

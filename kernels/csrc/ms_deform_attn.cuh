@@ -13,6 +13,7 @@
 namespace vit_adapter {
 
 constexpr int kThreads = 128;  // of a block
+constexpr int kBlocks = 8;     // on a multiprocessor at once: 64 registers a thread, half of the greatest occupancy
 constexpr unsigned kWholeWarp = 0xffffffffu;
 
 // What a kernel is compiled for. PACKET numbers are loaded at once; CHANNELS and SAMPLES of 0 stand for any number.
@@ -224,7 +225,7 @@ __device__ __forceinline__ int64_t token_of(const Sample& sample, int corner) {
 }
 
 template <typename V>
-__global__ void __launch_bounds__(kThreads) forward_kernel(
+__global__ void __launch_bounds__(kThreads, kBlocks) forward_kernel(
     const __grid_constant__ Problem problem, const typename V::T* __restrict__ value,
     const Source<typename V::T> places, const Source<typename V::T> weights, typename V::T* __restrict__ output) {
   using T = typename V::T;
@@ -327,7 +328,7 @@ __global__ void __launch_bounds__(kThreads) from_fixed_kernel(
 }
 
 template <typename V, typename Sum>
-__global__ void __launch_bounds__(kThreads) backward_kernel(
+__global__ void __launch_bounds__(kThreads, kBlocks) backward_kernel(
     const __grid_constant__ Problem problem, const typename V::T* __restrict__ grad_output,
     const typename V::T* __restrict__ value, const Source<typename V::T> places,
     const Source<typename V::T> weights, const Sum grad_value, const Target<typename V::T> grad_places,

@@ -22,7 +22,7 @@ def tensors() -> dict[str, torch.Tensor]:
     return {
         "first": base[:6],
         "second": base[6:],
-        "turned": torch.randn(3, 4).mT,
+        "turned": torch.arange(12.0).view(3, 4).mT,
         "nan": nan,
         "count": torch.tensor(3),
     }
