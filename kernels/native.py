@@ -17,6 +17,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,9 +43,10 @@ _SOURCES = {"cpu": ("schema.cpp", "ms_deform_attn_cpu.cpp"), "cuda": ("ms_deform
 # -fno-math-errno and -fno-trapping-math change no result; without them the compiler may not vectorise selections.
 _COMPILER_FLAGS = ["-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
 _CAPABILITY_FLAGS = {
-    "AVX2": "-mavx2 -mfma -mf16c".split(),
-    "AVX512": "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512".split(),
+    "AVX2": "-mavx2 -mfma -mf16c",
+    "AVX512": "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512",
 }
+_LOCK = threading.Lock()
 _BUILD = "import json, sys, torch.utils.cpp_extension as c; c.load(**json.loads(sys.argv[1]))"
 
 
@@ -107,13 +109,23 @@ def build(cuda: bool | None = None) -> list[Path]:
     Raises:
         NativeUnavailableError: something that the build needs is missing, or the compiler failed.
     """
-    kinds = ["cpu", "cuda"] if cuda or (cuda is None and torch.cuda.is_available()) else ["cpu"]
-    return [_find(kind) or _build(kind, _cache() / _tag(kind)) for kind in kinds]
+    kinds = _libraries("cuda" if cuda or (cuda is None and torch.cuda.is_available()) else "cpu")
+    return [_find(kind) or _build(kind, _target(kind), _cache()) for kind in kinds]
 
 
-def build_into(folder: Path, cuda: bool) -> list[Path]:
-    """Builds the libraries that a wheel carries: for this machine's kind of processor, and for CUDA if asked."""
-    return [_build(kind, folder / _tag(kind)) for kind in (["cpu", "cuda"] if cuda else ["cpu"])]
+def build_for_wheel(folder: Path) -> list[Path]:
+    """Builds what a wheel carries into its `kernels/lib`: for processors up to this one, and for CUDA if it can."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    paths = [_build("cpu", target, folder) for target in {"AVX512": ("AVX2", "AVX512")}.get(capability, (capability,))]
+    try:
+        cuda_home()
+    except NativeUnavailableError as error:
+        logger.warning("The wheel carries no CUDA kernel: %s", error)
+    else:
+        paths.append(_build("cuda", _target("cuda"), folder))
+    for path in paths:
+        (path.parent / "lock").unlink()
+    return paths
 
 
 def covers(architectures: str, capability: tuple[int, int]) -> bool:
@@ -141,9 +153,14 @@ def _wanted(implementation: str) -> str:
     return wanted
 
 
-@functools.cache
 def _load(device_type: str) -> Choice:
-    """Loads the libraries for a device type, once. What fails is logged here, and so once too."""
+    with _LOCK:
+        return _load_once(device_type)
+
+
+@functools.cache
+def _load_once(device_type: str) -> Choice:
+    """Loads the libraries for a device type. What fails is logged here, and so once too."""
     if device_type not in _SOURCES:
         return Choice("reference", f"there is no native kernel for {device_type}")
     if not _csrc().is_dir():
@@ -165,7 +182,7 @@ def _libraries(device_type: str) -> list[str]:
 @functools.cache
 def _library(kind: str) -> Path:
     """Finds or builds a library, and loads it."""
-    path = _find(kind) or _build(kind, _cache() / _tag(kind))
+    path = _find(kind) or _build(kind, _target(kind), _cache())
     try:
         torch.ops.load_library(path)
     except OSError as error:
@@ -183,19 +200,24 @@ def _cache() -> Path:
     return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
 
 
-def _tag(kind: str, target: str | None = None) -> str:
-    """Name of the folder of a library: all that it depends on. `target` is its capability or architectures."""
-    target = target or (torch.backends.cpu.get_cpu_capability() if kind == "cpu" else _cuda_architectures())
+def _target(kind: str) -> str:
+    """What a library is built for here: a CPU capability, or CUDA architectures."""
+    return torch.backends.cpu.get_cpu_capability() if kind == "cpu" else _cuda_architectures()
+
+
+def _tag(kind: str, target: str) -> str:
+    """Name of the folder of a library: all that it depends on."""
     cuda = f"cu{torch.version.cuda}" if torch.version.cuda else "nocuda"
-    return f"vit_adapter-{kind}-torch{torch.__version__}-{cuda}-{target.replace(';', '_')}-{_fingerprint()}"
+    return f"vit_adapter-{kind}-torch{torch.__version__}-{cuda}-{target.replace(';', '_')}-{_fingerprint(kind)}"
 
 
 @functools.cache
-def _fingerprint() -> str:
-    """Changes when any source changes, or a flag."""
+def _fingerprint(kind: str) -> str:
+    """Changes when any source of a library changes, or a flag."""
     digest = hashlib.sha256(json.dumps([_COMPILER_FLAGS, _CAPABILITY_FLAGS]).encode())
     for source in sorted(_csrc().iterdir()):
-        digest.update(source.name.encode() + source.read_bytes())
+        if source.name in _SOURCES[kind] or source.suffix in (".h", ".cuh"):
+            digest.update(source.name.encode() + source.read_bytes())
     return digest.hexdigest()[:12]
 
 
@@ -203,7 +225,7 @@ def _find(kind: str) -> Path | None:
     """The file of a library that fits this machine, if there is one."""
     for folder in (_FOLDER / "lib", _cache()):
         if kind == "cpu":
-            candidates = [folder / _tag("cpu")]
+            candidates = [folder / _tag("cpu", _target("cpu"))]
         else:
             candidates = [path for path in sorted(folder.glob(_tag("cuda", "*"))) if _runs_here(path.name)]
         for candidate in candidates:
@@ -231,27 +253,28 @@ def _cuda_architectures() -> str:
     return ";".join(f"{major}.{minor}" for major, minor in _capabilities()) or CUDA_ARCHITECTURES
 
 
-def _build(kind: str, folder: Path) -> Path:
-    """Builds a library into a folder.
+def _build(kind: str, target: str, root: Path) -> Path:
+    """Builds a library for a target into its folder below a root.
 
     In a process of its own, so that this one's environment stays as it is; into a temporary folder, from where only
     the finished library moves to its place, so that nobody ever sees half of one. Of several processes that want the
     same library, one builds and the others wait.
     """
     environment = _environment(kind)
-    target = folder / f"{kind}.so"
+    folder = root / _tag(kind, target)
+    library = folder / f"{kind}.so"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder / "lock"), tempfile.TemporaryDirectory(dir=folder) as workshop:
-            if target.is_file():
-                return target
+            if library.is_file():
+                return library
             logger.warning("Building the %s kernel of deformable attention, once, in under a minute: %s", kind, folder)
             arguments = {
                 "name": kind,
                 "sources": [str(_csrc() / source) for source in _SOURCES[kind]],
                 "is_python_module": False,
                 "build_directory": workshop,
-                "extra_cflags": _COMPILER_FLAGS + _CAPABILITY_FLAGS.get(torch.backends.cpu.get_cpu_capability(), []),
+                "extra_cflags": _COMPILER_FLAGS + _CAPABILITY_FLAGS.get(target, "").split(),
                 "extra_cuda_cflags": ["-O3"],
                 "extra_ldflags": ["-fopenmp"],
             }
@@ -261,15 +284,13 @@ def _build(kind: str, folder: Path) -> Path:
                 log = folder / "build.log"
                 words = result.stdout + result.stderr
                 error = next((line for line in words.splitlines() if "error" in line.lower()), "no word of an error")
-                raise NativeUnavailableError(
-                    f"the {kind} kernel did not build; the compiler's words are in {log}: {last}"
-                )
-            os.replace(Path(workshop) / f"{kind}.so", target)
+                raise NativeUnavailableError(f"the {kind} kernel did not build, see {log}; first: {error.strip()}")
+            os.replace(Path(workshop) / f"{kind}.so", library)
     except OSError as error:
         raise NativeUnavailableError(
             f"{folder} cannot be written ({error}); let TORCH_EXTENSIONS_DIR name a folder that can"
         ) from error
-    return target
+    return library
 
 
 @contextmanager

@@ -108,6 +108,7 @@ from vit_adapter.training import checkpointing
 from vit_adapter.training.checkpointing import Checkpoint, load_checkpoint, newest_checkpoint, save_checkpoint
 
 folder = Path(sys.argv[1])
+torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
 
 def checkpoint(step):
     return Checkpoint(step, {"weight": torch.full((300, 300), float(step))}, {"step": torch.full((300, 300), step)})

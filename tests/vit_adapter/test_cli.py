@@ -69,7 +69,7 @@ def test_info_of_the_reference_operator_names_the_variable(monkeypatch, capsys):
     [
         ("missing.jpg", None, "missing.jpg"),
         ("empty.jpg", b"", "empty"),
-        ("page.jpg", b"<!DOCTYPE html><html></html>", "HTML"),
+        ("page.jpg", b"<!DOCTYPE html><html></html>", "web page"),
         ("noise.png", b"\x89PNG\r\n\x1a\n garbage", "noise.png"),
     ],
 )
