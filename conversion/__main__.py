@@ -6,12 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..configuration.presets import PRESETS
-from .convert import KINDS, convert_source, read_config
+from .convert import convert_source, read_config
 from .convert_14to16 import convert_14to16
 from .export_reference import export_reference
 from .hub import push_folder
 from .hub_code import export_hub_code
 from .mapping import Conversion, CoverageError
+from .source_kinds import KINDS
 
 SHOWN_NAMES = 5
 
@@ -88,9 +89,10 @@ def run_push(arguments: argparse.Namespace) -> None:
 
 
 def summary(conversion: Conversion) -> list[str]:
-    """A line for what was used, and one for each reason to drop, fill or leave a tensor new."""
+    """A line for what was used, and one for each reason to resize, drop, fill or leave a tensor new."""
     lines = [f"used {len(conversion.used)} tensors of the source"]
-    for verb, reasons in (("dropped", conversion.dropped), ("filled", conversion.filled), ("new", conversion.new)):
+    for verb in ("resized", "dropped", "filled", "new"):
+        reasons: dict[str, str] = getattr(conversion, verb)
         for reason in dict.fromkeys(reasons.values()):
             names = [name for name, why in reasons.items() if why == reason]
             shown = ", ".join(names[:SHOWN_NAMES]) + (" ..." if names[SHOWN_NAMES:] else "")

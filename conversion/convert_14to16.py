@@ -12,11 +12,13 @@ import torch
 
 try:
     from vit_adapter.conversion.mapping import State, expand, match
-    from vit_adapter.conversion.model_folder import new_file
+    from vit_adapter.conversion.model_folder import write_checkpoint
     from vit_adapter.conversion.patch_embedding import resize_patches
     from vit_adapter.conversion.source_files import SourceError, read_source
 except ModuleNotFoundError as error:
-    sys.exit(f"error: {error}: install the package first, with `pip install -e .` in the repository")
+    if error.name != "vit_adapter":
+        raise
+    sys.exit("error: the package vit_adapter is not installed: run `pip install -e .` in the repository first")
 
 PATCH_KERNEL = "patch_embed.proj.weight"
 
@@ -47,7 +49,8 @@ def patches_14_to_16(state: State) -> dict[str, torch.Tensor]:
 def convert_14to16(path: str | Path) -> Path:
     """Writes `FILE_14to16.pth` beside `FILE.pth`, and returns its path.
 
-    Raises: SourceError: the file cannot be read, is not called .pth, or holds something else.
+    Raises: SourceError: the file cannot be read, is not called .pth, or holds something else. OSError: the disk is
+    full, for instance.
     """
     path = Path(path)
     if path.suffix != ".pth":
@@ -58,8 +61,7 @@ def convert_14to16(path: str | Path) -> Path:
     except ValueError as error:
         raise SourceError(f"{path}: {error}") from error
     out = path.with_name(path.stem + "_14to16.pth")
-    with new_file(out) as partial:
-        torch.save(converted, partial)
+    write_checkpoint(out, converted)
     return out
 
 
@@ -68,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("filename", type=Path, help="a DINOv2 checkpoint, for instance dinov2_vits14_pretrain.pth")
     try:
         print(convert_14to16(parser.parse_args(arguments).filename))
-    except SourceError as error:
+    except (SourceError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

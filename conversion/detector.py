@@ -89,6 +89,10 @@ DETECTOR: Table = (
 )
 
 
+FOUR_LEVELS = [1, 2, 3, 4]
+"""`out_indices` of a backbone that returns its maps at strides 4, 8, 16 and 32, as a detector takes them."""
+
+
 def expected_shapes(model_class: type[PreTrainedModel], config: ViTAdapterConfig | MaskRcnnConfig) -> dict[str, Shape]:
     """Name and shape of every parameter and buffer that a model of this configuration saves; allocates no weights."""
     with torch.device("meta"):
@@ -290,17 +294,15 @@ def backbone_config_from_reference(arguments: Mapping[str, Any]) -> ViTAdapterCo
     values = {**BACKBONE_DEFAULTS, **arguments}
     _require("backbone.pretrain_size", values["pretrain_size"], values["img_size"])
     depth = _stated(values, "depth", "backbone.")
-    windowed, sizes = _per_block(values["window_attn"], depth), _per_block(values["window_size"], depth)
-    fields = {ours: _stated(values, theirs, "backbone.") for theirs, ours in BACKBONE_FIELDS.items()}
+    windowed, sizes = (_per_block(values, name, depth) for name in ("window_attn", "window_size"))
+    fields: dict[str, Any] = {ours: _stated(values, theirs, "backbone.") for theirs, ours in BACKBONE_FIELDS.items()}
     if not values["with_cffn"]:
         fields["conv_ffn_ratio"] = 0
-    return ViTAdapterConfig(
-        **fields,
-        window_sizes=[_window(*pair) for pair in zip(windowed, sizes, strict=True)],
-        layerscale_value=1.0 if values["layer_scale"] else None,
-        num_extra_extractors=2 if values["use_extra_extractor"] else 0,
-        out_indices=[1, 2, 3, 4],
-    )
+    fields["window_sizes"] = [_window(*pair) for pair in zip(windowed, sizes, strict=True)]
+    fields["layerscale_value"] = 1.0 if values["layer_scale"] else None
+    fields["num_extra_extractors"] = 2 if values["use_extra_extractor"] else 0
+    fields["out_indices"] = FOUR_LEVELS
+    return ViTAdapterConfig(**fields)
 
 
 def config_from_reference(model: Mapping[str, Any]) -> MaskRcnnConfig:
@@ -309,7 +311,7 @@ def config_from_reference(model: Mapping[str, Any]) -> MaskRcnnConfig:
     Raises: ValueError: a number is missing, unknown, stated twice with different values, or one that our model holds
     constant with another value.
     """
-    backbone = backbone_config_from_reference(model["backbone"])
+    backbone = backbone_config_from_reference(_stated(model, "backbone"))
     stated = _flatten({name: part for name, part in model.items() if name != "backbone"})
     places = {path for paths in DETECTOR_FIELDS.values() for path in paths}
     known = places | DETECTOR_CONSTANTS.keys() | DETECTOR_IRRELEVANT | {*NUM_CLASSES, "neck.in_channels"}
@@ -322,8 +324,8 @@ def config_from_reference(model: Mapping[str, Any]) -> MaskRcnnConfig:
     if len(scales) != 1:
         raise ValueError(f"rpn_head.anchor_generator.scales should hold one scale, but holds {scales}")
     fields["anchor_scale"] = scales[0]
-    num_labels = _agreed(stated, NUM_CLASSES)
-    return MaskRcnnConfig(backbone_config=backbone, num_labels=num_labels, **fields)
+    fields["num_labels"] = _agreed(stated, NUM_CLASSES)
+    return MaskRcnnConfig(backbone_config=backbone, **fields)
 
 
 def _flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -359,8 +361,13 @@ def _refuse_unknown(part: str, names: set[str]) -> None:
         raise ValueError(f"the {part} configuration states what we do not know: {', '.join(sorted(names))}")
 
 
-def _per_block(value: Any, depth: int) -> list[Any]:
-    return list(value) if isinstance(value, list | tuple) else [value] * depth
+def _per_block(values: Mapping[str, Any], name: str, depth: int) -> list[Any]:
+    """A value for every block, which the original may state once for all."""
+    value = values[name]
+    entries = list(value) if isinstance(value, list | tuple) else [value] * depth
+    if len(entries) != depth:
+        raise ValueError(f"backbone.{name} should hold one entry for each of {depth} blocks, but holds {len(entries)}")
+    return entries
 
 
 def _window(windowed: bool, size: int | None) -> int:

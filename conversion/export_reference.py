@@ -3,14 +3,13 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from ..configuration.configuration_mask_rcnn import MaskRcnnConfig
 from ..modeling_vit_adapter.backbone import ViTAdapterBackbone
 from .detector import EMBEDDINGS, LAYER_SCALE, TRANSFORMER, expected_shapes, state_to_reference
 from .hub import read_model_config
 from .mapping import revert
-from .model_folder import new_file, read_weights
+from .model_card import labels_of
+from .model_folder import read_weights, write_checkpoint
 
 VIT_MODULES = ("embeddings.", "layers.")
 
@@ -36,8 +35,7 @@ def export_reference(folder: str | Path, out: str | Path) -> list[LeftBehind]:
     checkpoint: dict[str, Any]
     left: list[LeftBehind] = []
     if isinstance(config, MaskRcnnConfig):
-        classes = tuple(config.id2label[index] for index in sorted(config.id2label))
-        checkpoint = {"meta": {"CLASSES": classes}, "state_dict": state_to_reference(state, config)}
+        checkpoint = {"meta": {"CLASSES": tuple(labels_of(config))}, "state_dict": state_to_reference(state, config)}
     else:
         shapes = expected_shapes(ViTAdapterBackbone, config)
         vit = {name: shape for name, shape in shapes.items() if name.startswith(VIT_MODULES)}
@@ -46,6 +44,5 @@ def export_reference(folder: str | Path, out: str | Path) -> list[LeftBehind]:
         dropped = (getattr(config, "provenance", None) or {}).get("dropped", {})
         left += [LeftBehind(name, reason) for reason, names in dropped.items() for name in names]
         left += [LeftBehind(name, "the adapter's own") for name in state if name not in taken]
-    with new_file(out) as partial:
-        torch.save(checkpoint, partial)
+    write_checkpoint(out, checkpoint)
     return left

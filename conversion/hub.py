@@ -13,6 +13,7 @@ from huggingface_hub.errors import (
     HTTPError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
+    StrictDataclassError,
 )
 
 from ..configuration.configuration_mask_rcnn import MaskRcnnConfig
@@ -61,7 +62,10 @@ def read_model_config(folder: Path) -> ViTAdapterConfig | MaskRcnnConfig:
         raise ValueError(f"{folder} is no model folder: config.json is missing or damaged ({error})") from error
     if model_type not in CONFIGURATIONS:
         raise ValueError(f"{folder} holds a {model_type}, but {' or '.join(CONFIGURATIONS)} was expected")
-    return CONFIGURATIONS[model_type].from_dict(content)
+    try:
+        return CONFIGURATIONS[model_type].from_dict(content)
+    except StrictDataclassError as error:
+        raise ValueError(f"{folder}: config.json contradicts itself: {' '.join(str(error).split())}") from error
 
 
 def _card(folder: Path, config: ViTAdapterConfig | MaskRcnnConfig, repo: str) -> str:

@@ -12,6 +12,7 @@ import functools
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
 
@@ -63,7 +64,9 @@ class New:
 
 
 Row = Rename | Split | Drop | Fill | New
+AnyRow = TypeVar("AnyRow", bound=Row)
 Table = tuple[Row, ...]
+Placeholders = Mapping[str, str | int]
 
 
 @dataclass(frozen=True)
@@ -71,11 +74,13 @@ class Conversion:
     """What a conversion did.
 
     tensors: by target name; views of the source wherever no value changes, so a memory-mapped source stays on disk.
-    used: source name → the target names it became. dropped, filled, new: name → reason.
+    used: source name → the target names it became. resized: target name → from which shape to which. dropped, filled,
+    new: name → reason.
     """
 
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     used: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    resized: dict[str, str] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
     filled: dict[str, str] = field(default_factory=dict)
     new: dict[str, str] = field(default_factory=dict)
@@ -83,6 +88,7 @@ class Conversion:
     def lines(self) -> list[str]:
         """The whole table, one line a tensor."""
         rows = [f"used     {source} -> {', '.join(targets)}" for source, targets in self.used.items()]
+        rows += [f"resized  {target}: {change}" for target, change in self.resized.items()]
         rows += [f"dropped  {source}: {reason}" for source, reason in self.dropped.items()]
         rows += [f"filled   {target}: {reason}" for target, reason in self.filled.items()]
         return rows + [f"new      {target}: {reason}" for target, reason in self.new.items()]
@@ -117,7 +123,7 @@ def _compiled(pattern: str) -> tuple[re.Pattern[str], tuple[tuple[str, int], ...
     return re.compile(expression + re.escape(pattern[end:])), tuple(placeholders)
 
 
-def match(pattern: str, name: str) -> dict[str, str | int] | None:
+def match(pattern: str, name: str) -> Placeholders | None:
     """Values of the placeholders if the whole name fits the pattern, else None."""
     expression, placeholders = _compiled(pattern)
     found = expression.fullmatch(name)
@@ -129,7 +135,7 @@ def match(pattern: str, name: str) -> dict[str, str | int] | None:
     }
 
 
-def expand(pattern: str, values: Mapping[str, str | int]) -> str:
+def expand(pattern: str, values: Placeholders) -> str:
     """The name that `match` would give these values for."""
 
     def text(found: re.Match[str]) -> str:
@@ -162,17 +168,20 @@ def convert(state: State, table: Table, expected: Shapes) -> Conversion:
     Raises: CoverageError: a source tensor has no row or a name the model lacks, a target is filled twice or not at
     all, or a shape disagrees.
     """
-    done, problems, meant = Conversion(), [], set()
+    done, problems = Conversion(), []
+    meant: set[str] = set()
     sources = [row for row in table if isinstance(row, Rename | Split | Drop)]
     absences = [row for row in table if isinstance(row, Fill | New)]
     for source, tensor in state.items():
-        row, values = _first_match(sources, source)
-        if row is None:
+        found = first_match(sources, source, lambda row: (row.source,))
+        if found is None:
             problems.append(f"{source} {list(tensor.shape)}: no row of the table names it")
-        elif isinstance(row, Drop):
+            continue
+        row, values = found
+        if isinstance(row, Drop):
             done.dropped[source] = row.reason
         else:
-            targets = tuple(expand(pattern, values) for pattern in _targets(row))
+            targets = tuple(expand(pattern, values) for pattern in target_patterns(row))
             meant.update(targets)
             try:
                 parts = _parts(tensor, row, targets, expected, done.tensors)
@@ -181,16 +190,19 @@ def convert(state: State, table: Table, expected: Shapes) -> Conversion:
             else:
                 done.tensors.update(parts)
                 done.used[source] = targets
+                for target, part in parts.items():
+                    if len(parts) == 1 and part.numel() != tensor.numel():
+                        done.resized[target] = f"{list(tensor.shape)} became {list(part.shape)}"
     dtype = next((tensor.dtype for tensor in done.tensors.values() if tensor.is_floating_point()), None)
     for target in (name for name in expected if name not in meant):
-        row, _ = _first_match(absences, target)
-        if isinstance(row, Fill):
-            done.tensors[target] = torch.full(expected[target], row.value, dtype=dtype)
-            done.filled[target] = row.reason
-        elif isinstance(row, New):
-            done.new[target] = row.reason
-        else:
+        absence = first_match(absences, target, lambda row: (row.target,))
+        if absence is None:
             problems.append(f"{target} {list(expected[target])}: the source holds nothing for it")
+        elif isinstance(absence[0], Fill):
+            done.tensors[target] = torch.full(expected[target], absence[0].value, dtype=dtype)
+            done.filled[target] = absence[0].reason
+        else:
+            done.new[target] = absence[0].reason
     if problems:
         raise CoverageError(problems, done.lines())
     return done
@@ -215,12 +227,13 @@ def revert(state: State, table: Table, expected: Shapes) -> dict[str, torch.Tens
     reverted: dict[str, torch.Tensor] = {}
     ways_back = [row for row in table if isinstance(row, Split) or (isinstance(row, Rename) and row.transform is None)]
     for name in state:
-        row, values = _first_match(ways_back, name, backwards=True)
-        if row is None:
+        found = first_match(ways_back, name, target_patterns)
+        if found is None:
             problems.append(f"{name} {list(state[name].shape)}: no row of the table leads back")
             continue
+        row, values = found
         source = expand(row.source, values)
-        parts = [expand(pattern, values) for pattern in _targets(row)]
+        parts = [expand(pattern, values) for pattern in target_patterns(row)]
         missing = [part for part in parts if part not in state]
         if missing:
             problems.append(f"{name} {list(state[name].shape)}: {source} needs {', '.join(missing)} as well")
@@ -231,24 +244,21 @@ def revert(state: State, table: Table, expected: Shapes) -> dict[str, torch.Tens
     return reverted
 
 
-def _targets(row: Row) -> tuple[str, ...]:
-    """Patterns of the model's names in a row; none for a Drop."""
-    if isinstance(row, Split):
-        return row.targets
-    return () if isinstance(row, Drop) else (row.target,)
+def target_patterns(row: Rename | Split) -> tuple[str, ...]:
+    """Patterns of the model's names that a row fills."""
+    return row.targets if isinstance(row, Split) else (row.target,)
 
 
-def _first_match(
-    rows: Iterable[Row], name: str, backwards: bool = False
-) -> tuple[Row, dict[str, str | int]] | tuple[None, dict[str, str | int]]:
-    """The first row for this name, and the values of its placeholders. Backwards, `name` is one of the model's."""
+def first_match(
+    rows: Iterable[AnyRow], name: str, patterns: Callable[[AnyRow], tuple[str, ...]]
+) -> tuple[AnyRow, Placeholders] | None:
+    """The first row one of whose `patterns` fits the name, and the values of its placeholders."""
     for row in rows:
-        patterns = _targets(row) if backwards or isinstance(row, Fill | New) else (row.source,)
-        for pattern in patterns:
+        for pattern in patterns(row):
             values = match(pattern, name)
             if values is not None:
                 return row, values
-    return None, {}
+    return None
 
 
 def _parts(

@@ -65,6 +65,12 @@ CITATION = """\
 """
 
 
+def labels_of(config: PreTrainedConfig) -> list[str]:
+    """The class names of a model, in the order of their indices."""
+    labels = {int(index): label for index, label in (config.id2label or {}).items()}
+    return [labels[index] for index in sorted(labels)]
+
+
 def published_name(preset: str) -> str:
     """The stem of the file in which the original release published a preset's detector."""
     family, size = preset.removesuffix("-1x").split("-")
@@ -74,7 +80,7 @@ def published_name(preset: str) -> str:
 def is_published(config: PreTrainedConfig) -> bool:
     """Whether a detector comes from a file of the published name and shapes: only then is its accuracy known."""
     origin = getattr(config, "provenance", None) or {}
-    preset = origin.get("preset")
+    preset = origin.get("preset") or ""
     if not isinstance(config, MaskRcnnConfig) or preset not in PRESETS or PRESETS[preset].box_ap is None:
         return False
     return re.match(published_name(preset) + r"\b", origin["source"]) is not None
@@ -100,14 +106,16 @@ def model_card(config: PreTrainedConfig, name: str, remote_code: bool = False) -
 def _metadata(config: PreTrainedConfig, origin: dict[str, Any], name: str) -> ModelCardData:
     detector = isinstance(config, MaskRcnnConfig)
     preset = origin.get("preset") or ""
+    published = is_published(config)
     return ModelCardData(
         license="apache-2.0",
         library_name="transformers",
         pipeline_tag="image-segmentation" if detector else "image-feature-extraction",
         tags=["vit-adapter", *(["mask-rcnn", "instance-segmentation", "object-detection"] if detector else [])],
-        datasets=["detection-datasets/coco"] if is_published(config) else None,
+        datasets=["detection-datasets/coco"] if published else None,
         base_model=BASE_MODELS.get(preset.removesuffix("-1x")),
-        **({"model_name": name.split("/")[-1], "eval_results": _eval_results(preset)} if is_published(config) else {}),
+        model_name=name.split("/")[-1] if published else None,
+        eval_results=_eval_results(preset) if published else None,
     )
 
 
@@ -135,7 +143,7 @@ def _eval_results(preset: str) -> list[EvalResult]:
 def _title(config: PreTrainedConfig, origin: dict[str, Any], name: str) -> str:
     if isinstance(config, MaskRcnnConfig):
         what = (
-            f"Instance segmentation by Mask R-CNN with a ViT-Adapter backbone ({len(config.id2label)} classes). "
+            f"Instance segmentation by Mask R-CNN with a ViT-Adapter backbone ({len(labels_of(config))} classes). "
             "All weights are there."
         )
     else:
@@ -183,7 +191,7 @@ def _origin(origin: dict[str, Any]) -> str:
         "Every tensor of the source is used or dropped for a written reason, every tensor of the model is filled or "
         "listed as new; after writing, every tensor was read back and compared bit for bit with what was converted.",
     ]
-    for verb in ("dropped", "filled", "new"):
+    for verb in ("resized", "dropped", "filled", "new"):
         for reason, names in sorted(origin[verb].items()):
             shown = ", ".join(f"`{name}`" for name in names[:4]) + (f" and {len(names) - 4} more" if names[4:] else "")
             lines.append(f"\n- {verb}, {len(names)}: {shown}: {reason}.")

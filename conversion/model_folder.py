@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import BaseImageProcessor, PreTrainedConfig
 
@@ -23,14 +23,19 @@ INDEX_FILE = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 2 * 1024**3
 
 
+def refuse_existing(out: Path) -> None:
+    """Raises: ValueError: `out` exists and is not an empty folder."""
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ValueError(f"{out} exists already: name a new folder, or remove it first")
+
+
 @contextlib.contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
     """A folder to fill that becomes `out` when the block ends, synced to the disk, or vanishes when it fails.
 
     Raises: ValueError: `out` exists and is not an empty folder.
     """
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ValueError(f"{out} exists already: name a new folder, or remove it first")
+    refuse_existing(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
@@ -56,7 +61,10 @@ def new_file(out: Path) -> Iterator[Path]:
 
 
 def write_weights(folder: Path, tensors: State, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-    """Writes the tensors as safetensors: one file, or shards of at most this size and their index."""
+    """Writes the tensors as safetensors: one file, or shards of at most this size and their index.
+
+    Raises: OSError: the disk is full, for instance.
+    """
     shards = list(_shards(tensors, max_shard_bytes))
     names = [WEIGHTS_FILE]
     if len(shards) > 1:
@@ -65,8 +73,24 @@ def write_weights(folder: Path, tensors: State, max_shard_bytes: int = MAX_SHARD
         size = sum(tensor.nbytes for tensor in tensors.values())
         _write_json(folder / INDEX_FILE, {"metadata": {"total_size": size}, "weight_map": weight_map})
     for name, shard in zip(names, shards, strict=True):
-        save_file({key: tensors[key].contiguous() for key in shard}, folder / name, metadata={"format": "pt"})
+        contents = {key: tensors[key].contiguous() for key in shard}
+        try:
+            save_file(contents, folder / name, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"{folder / name} cannot be written: {error}") from error
         (folder / name).chmod(0o644)  # safetensors makes it private
+
+
+def write_checkpoint(out: Path, content: Mapping[str, object]) -> None:
+    """Writes a `.pth` file, whole or not at all.
+
+    Raises: OSError: the disk is full, for instance.
+    """
+    with new_file(out) as partial:
+        try:
+            torch.save(content, partial)
+        except RuntimeError as error:  # how torch.save says it
+            raise OSError(f"{out} cannot be written: {str(error).splitlines()[0]}") from error
 
 
 def weight_files(folder: Path) -> list[Path]:

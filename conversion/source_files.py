@@ -27,7 +27,7 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError, safe_open
 
-WEIGHT_FILES = ["*.safetensors", "*.json", "pytorch_model.bin"]
+SAFE_FILES, PICKLE_FILES = ["*.safetensors", "*.json"], ["pytorch_model.bin"]
 HARMLESS_GLOBALS = ("torch._utils._rebuild_", "torch.Float", "torch.Half", "torch.Long", "collections.OrderedDict")
 UNPICKLER_ERRORS = (
     OSError,
@@ -85,9 +85,10 @@ def read_source(source: str | Path, revision: str | None = None) -> SourceFiles:
         return SourceFiles(path.name, {path.name: path}, state, meta)
     if path.suffix in (".pth", ".pt", ".bin", ".tar", ".npz", ".safetensors") or str(source).count("/") != 1:
         raise SourceError(f"{source}: there is no such file or folder")
-    return _read_folder(
-        str(source), download(str(source), revision, ["*.safetensors", "*.json", "pytorch_model*.bin"])
-    )
+    folder = download(str(source), revision, SAFE_FILES)
+    if not any(folder.glob("*.safetensors")):
+        folder = download(str(source), revision, PICKLE_FILES)
+    return _read_folder(str(source), folder)
 
 
 def download(repo: str, revision: str | None = None, patterns: list[str] | None = None) -> Path:
@@ -166,11 +167,11 @@ def _read_pickle(path: Path) -> tuple[dict[str, torch.Tensor], Mapping[str, Any]
 
 def _unwrap(path: Path, checkpoint: Any) -> tuple[dict[str, torch.Tensor], Mapping[str, Any]]:
     """The state dict inside a checkpoint, and the metadata beside it."""
-    state, meta = checkpoint, {}
+    state, meta = checkpoint, None
     if isinstance(checkpoint, Mapping):
         for key in ("state_dict", "model"):
             if isinstance(checkpoint.get(key), Mapping):
-                state, meta = checkpoint[key], checkpoint.get("meta") or {}
+                state, meta = checkpoint[key], checkpoint.get("meta")
                 break
     if not isinstance(state, Mapping) or not state:
         raise SourceError(f"{path}: holds no state dict (a mapping from name to tensor)")

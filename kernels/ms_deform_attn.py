@@ -90,7 +90,9 @@ def ms_deform_attn_sample(
 
 def _use_native(value: Tensor, implementation: str) -> bool:
     """Whether to run natively. An exported graph is for other runtimes, which know PyTorch's operators only."""
-    if implementation == "auto" and (torch.compiler.is_exporting() or torch.jit.is_tracing()):
+    exporting = torch.compiler.is_exporting() or torch.jit.is_tracing()
+    has_kernel = value.dtype != torch.float64 or value.device.type == "cpu"
+    if implementation == "auto" and (exporting or not has_kernel):
         return False
     return use_native(value.device.type, implementation)
 

@@ -40,6 +40,7 @@ CUDA_ARCHITECTURES = "8.0;9.0+PTX"  # built where no GPU says which
 
 _FOLDER = Path(__file__).resolve().parent
 _SOURCES = {"cpu": ("schema.cpp", "ms_deform_attn_cpu.cpp"), "cuda": ("ms_deform_attn_cuda.cu",)}
+_HEADERS = {"cpu": (".h",), "cuda": (".h", ".cuh")}
 # -fno-math-errno and -fno-trapping-math change no result; without them the compiler may not vectorise selections.
 _COMPILER_FLAGS = ["-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
 _CAPABILITY_FLAGS = {
@@ -133,11 +134,9 @@ def covers(architectures: str, capability: tuple[int, int]) -> bool:
 
     Machine code runs on its own major version from its minor version on; PTX on everything from its version on.
     """
-    for architecture in architectures.split(";"):
-        major, minor = map(int, architecture.removesuffix("+PTX").rstrip("a").split("."))
-        if architecture.endswith("+PTX") and capability >= (major, minor):
-            return True
-        if capability[0] == major and capability[1] >= minor:
+    for major, minor, ptx in re.findall(r"(\d+)\.(\d+)a?(\+PTX)?", architectures):
+        version = int(major), int(minor)
+        if version <= capability and (ptx or version[0] == capability[0]):
             return True
     return False
 
@@ -216,7 +215,7 @@ def _fingerprint(kind: str) -> str:
     """Changes when any source of a library changes, or a flag."""
     digest = hashlib.sha256(json.dumps([_COMPILER_FLAGS, _CAPABILITY_FLAGS]).encode())
     for source in sorted(_csrc().iterdir()):
-        if source.name in _SOURCES[kind] or source.suffix in (".h", ".cuh"):
+        if source.name in _SOURCES[kind] or source.suffix in _HEADERS[kind]:
             digest.update(source.name.encode() + source.read_bytes())
     return digest.hexdigest()[:12]
 
@@ -283,7 +282,8 @@ def _build(kind: str, target: str, root: Path) -> Path:
             if result.returncode:
                 log = folder / "build.log"
                 words = result.stdout + result.stderr
-                error = next((line for line in words.splitlines() if "error" in line.lower()), "no word of an error")
+                log.write_text(words)
+                error = next((line for line in words.splitlines() if "error: " in line), "no word of an error")
                 raise NativeUnavailableError(f"the {kind} kernel did not build, see {log}; first: {error.strip()}")
             os.replace(Path(workshop) / f"{kind}.so", library)
     except OSError as error:

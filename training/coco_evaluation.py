@@ -16,9 +16,9 @@ import torch
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from torch import nn
 
 from vit_adapter.modeling_vit_adapter.image_processing import MaskRcnnImageProcessor
+from vit_adapter.modeling_vit_adapter.mask_rcnn import MaskRcnnForInstanceSegmentation
 from vit_adapter.training.data import CocoIndex, read_picture
 
 DETECTION_LIMITS = [100, 300, 1000]
@@ -30,7 +30,7 @@ Result = dict[str, Any]
 
 @torch.no_grad()
 def detect(
-    model: nn.Module,
+    model: MaskRcnnForInstanceSegmentation,
     processor: MaskRcnnImageProcessor,
     index: CocoIndex,
     root: Path,
@@ -49,7 +49,8 @@ def detect(
         COCO results, with the picture's row as `image_id` and the data set's own category ids.
     """
     model.eval()
-    category_ids = {label: category_id for category_id, label in index.labels(model.config.label2id).items()}
+    label2id = {str(name): int(label) for label, name in (model.config.id2label or {}).items()}
+    category_ids = {label: category_id for category_id, label in index.labels(label2id).items()}
     results = []
     for row_number in rows:
         row = index.pictures[row_number]

@@ -21,6 +21,8 @@ from vit_adapter.training.augmentation import parse_steps
 class Recipe:
     """What to train, on what, and how. Paths in the file count from the file's folder, on the command line from here.
 
+    note: A remark on the results, shown with them and in the model card.
+
     Model:
         preset: Row of `vit_adapter.configuration.presets` that the model is built after.
         backbone, detector: Fields of the configurations that differ from the preset's.
@@ -65,6 +67,7 @@ class Recipe:
     train_images: Path
     augmentation: list[Any]
     name: str = "recipe"
+    note: str | None = None
 
     preset: str | None = None
     backbone: dict[str, Any] = field(default_factory=dict)

@@ -25,7 +25,7 @@ from vit_adapter.training.visualization import draw_instances, draw_loss_curve, 
 
 # Settings that may change when an unfinished run is continued.
 FREE_SETTINGS = {
-    *("name", "output_dir", "overwrite", "cache_dir", "num_workers", "cpu_threads", "log_every_steps"),
+    *("name", "note", "output_dir", "overwrite", "cache_dir", "num_workers", "cpu_threads", "log_every_steps"),
     *("checkpoint_every_steps", "keep_checkpoints", "evaluate_every_epochs", "evaluate_on_train"),
     *("draw_pictures", "draw_threshold"),
 }
@@ -168,7 +168,7 @@ def model_card(name: str, recipe: Recipe, evaluations: Mapping[str, Mapping[str,
             + (f" with {weights} weights.\n" if recipe.preset else ".\n"),
             "## Accuracy in percent\n",
             *(accuracy or ["Not measured."]),
-            "",
+            f"\n{recipe.note}\n" if recipe.note else "",
             f"## Citation\n\n```bibtex\n{CITATION}```\n",
         ]
     )

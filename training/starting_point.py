@@ -3,18 +3,16 @@
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from vit_adapter.configuration.configuration_mask_rcnn import MaskRcnnConfig
 from vit_adapter.configuration.configuration_vit_adapter import ViTAdapterConfig
 from vit_adapter.configuration.presets import PRESETS, Preset
-from vit_adapter.conversion.convert import KINDS, recognise
-from vit_adapter.conversion.detector import expected_shapes
-from vit_adapter.conversion.mapping import convert
-from vit_adapter.conversion.source_files import read_source
+from vit_adapter.conversion.convert import load_backbone
 from vit_adapter.modeling_vit_adapter.backbone import ViTAdapterBackbone
 from vit_adapter.modeling_vit_adapter.image_processing import MaskRcnnImageProcessor
 from vit_adapter.modeling_vit_adapter.mask_rcnn import MaskRcnnForInstanceSegmentation
@@ -51,9 +49,9 @@ def starting_point(recipe: Recipe, categories: Mapping[int, str]) -> StartingPoi
     id2label = dict(enumerate(categories.values()))
     torch.manual_seed(recipe.seed)
     if recipe.model is not None:
-        model, processor = _trained(recipe, id2label)
+        model, processor = _trained(recipe.model, id2label, replace_classes=recipe.replace_classes)
     else:
-        model, processor = _from_preset(recipe, id2label)
+        model, processor = _from_preset(PRESETS[str(recipe.preset)], recipe, id2label)
     processor.size = {"shortest_edge": recipe.eval_short_side, "longest_edge": recipe.eval_long_side}
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable()
@@ -66,17 +64,20 @@ def starting_point(recipe: Recipe, categories: Mapping[int, str]) -> StartingPoi
 
 
 def _from_preset(
-    recipe: Recipe, id2label: dict[int, str]
+    preset: Preset, recipe: Recipe, id2label: dict[int, str]
 ) -> tuple[MaskRcnnForInstanceSegmentation, MaskRcnnImageProcessor]:
-    preset = PRESETS[recipe.preset]
     backbone = _known("backbone", {**preset.backbone, **recipe.backbone}, ViTAdapterConfig)
     detector = _known("detector", {**preset.detector, **recipe.detector}, MaskRcnnConfig)
-    config = MaskRcnnConfig(
-        backbone_config=ViTAdapterConfig(**backbone, out_indices=FOUR_LEVELS), **detector, **_classes(id2label)
-    )
+    arguments: dict[str, Any] = {**detector, **_classes(id2label)}
+    try:
+        config = MaskRcnnConfig(
+            backbone_config=ViTAdapterConfig(**backbone | {"out_indices": FOUR_LEVELS}), **arguments
+        )
+    except StrictDataclassError as error:
+        raise ValueError(f"backbone, detector: {error.__cause__}") from error
     model = MaskRcnnForInstanceSegmentation(config)
     if recipe.backbone_weights is not None:
-        _load_backbone(model.backbone, recipe.backbone_weights, preset)
+        _fill(cast(ViTAdapterBackbone, model.backbone), recipe.backbone_weights, preset)
     processor = MaskRcnnImageProcessor(
         image_mean=[value / WHITE for value in preset.image_mean],
         image_std=[value / WHITE for value in preset.image_std],
@@ -84,43 +85,33 @@ def _from_preset(
     return model, processor
 
 
-def _load_backbone(backbone: ViTAdapterBackbone, path: Path, preset: Preset) -> None:
+def _fill(backbone: ViTAdapterBackbone, path: Path, preset: Preset) -> None:
     """Fills the ViT of a backbone; what the file does not hold, the adapter, keeps its initialisation."""
     if not path.exists():
         name = f" ({preset.source})" if preset.source else ""
         raise ValueError(
             f"{path}: the pre-trained weights{name} are not there: download them, or give another --backbone_weights"
         )
-    files = read_source(path)
-    if all(name in files.state for name in backbone.state_dict()):
-        tensors = files.state  # a folder of our own
-    else:
-        tensors = convert(
-            files.state, KINDS[recognise(files)].table, expected_shapes(type(backbone), backbone.config)
-        ).tensors
-    try:
-        backbone.load_state_dict(tensors, strict=False)
-    except RuntimeError as error:
-        raise ValueError(f"{path}: the weights do not fit the model: {str(error).splitlines()[1].strip()}") from error
+    load_backbone(backbone, path)
 
 
 def _trained(
-    recipe: Recipe, id2label: dict[int, str]
+    folder: Path, id2label: dict[int, str], *, replace_classes: bool
 ) -> tuple[MaskRcnnForInstanceSegmentation, MaskRcnnImageProcessor]:
-    folder = recipe.model
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: not a model folder, there is no config.json in it")
     config = MaskRcnnConfig.from_pretrained(folder)
-    if config.id2label != id2label and not recipe.replace_classes:
+    known = dict(config.id2label or {})
+    if known != id2label and not replace_classes:
         raise ValueError(
-            f"{folder}: the model has {len(config.id2label)} classes ({_shown(config.id2label)}), but the data has "
+            f"{folder}: the model has {len(known)} classes ({_shown(known)}), but the data has "
             f"{len(id2label)} ({_shown(id2label)}): add --replace_classes true to give it new class layers"
         )
     for name, value in _classes(id2label).items():
         setattr(config, name, value)
     try:
         model = MaskRcnnForInstanceSegmentation.from_pretrained(
-            folder, config=config, ignore_mismatched_sizes=recipe.replace_classes
+            folder, config=config, ignore_mismatched_sizes=replace_classes
         )
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{folder}: the weights cannot be read ({error})") from error
@@ -139,6 +130,6 @@ def _classes(id2label: dict[int, str]) -> dict[str, Any]:
     return {"id2label": id2label, "label2id": {name: label for label, name in id2label.items()}}
 
 
-def _shown(id2label: Mapping[int, str]) -> str:
+def _shown(id2label: Mapping[Any, str]) -> str:
     names = list(id2label.values())
     return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")

@@ -4,8 +4,6 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import torch.distributed
-
 try:
     from vit_adapter.training.recipe import SETTINGS, Recipe, load_recipe
     from vit_adapter.training.training_run import Losses, StopRequested, TrainingRun
@@ -13,6 +11,8 @@ except ModuleNotFoundError as error:
     if error.name != "vit_adapter":
         raise
     sys.exit("vit_adapter is not installed: run `pip install -e .` in the repository's folder")
+
+import torch.distributed
 
 USAGE = "usage: accelerate launch training/train.py RECIPE.yaml [--name value …]"
 INPUT_AT_FAULT = 2

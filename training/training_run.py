@@ -4,10 +4,11 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -38,7 +39,8 @@ class StopRequested(Exception):
     """SIGTERM came; what was done since the last checkpoint is saved, or will be done again."""
 
 
-class EvaluatedSet(NamedTuple):
+@dataclass(frozen=True)
+class EvaluatedSet:
     """Pictures on which accuracy is measured."""
 
     name: str
@@ -75,7 +77,7 @@ class TrainingRun:
             seed=recipe.seed,
             keep_background=recipe.keep_background,
         )
-        self.evaluated = evaluated_sets(recipe, index, start.model.config.label2id)
+        self.evaluated = evaluated_sets(recipe, index)
         self.accumulation = accumulation(recipe, self.accelerator.num_processes)
         if self.accelerator.is_main_process:
             self.folder.prepare(recipe)
@@ -179,7 +181,7 @@ class TrainingRun:
             For each set what `evaluate_results` returns; empty except in the main process.
         """
         metrics: dict[str, Any] = {}
-        for name, index, root in self.evaluated:
+        for name, index, root in ((chosen.name, chosen.index, chosen.root) for chosen in self.evaluated):
             rows = range(self.accelerator.process_index, len(index.pictures), self.accelerator.num_processes)
             with self.progress(f"evaluating {name}", len(rows)) as bar:
 
@@ -223,6 +225,8 @@ class TrainingRun:
                 "seconds": self._seconds(),
             }
             self.folder.finish(metrics)
+            if self.recipe.note is not None:
+                tqdm.write(self.recipe.note)
             tqdm.write(f"loss {losses[0]:.2f} -> {losses[-1]:.2f}; everything is in {self.folder.path}")
         self.accelerator.wait_for_everyone()
         return metrics
@@ -271,14 +275,14 @@ class TrainingRun:
         return round(time.monotonic() - self.began, 1)
 
 
-def evaluated_sets(recipe: Recipe, train_index: CocoIndex, label2id: Mapping[str, int]) -> list[EvaluatedSet]:
+def evaluated_sets(recipe: Recipe, train_index: CocoIndex) -> list[EvaluatedSet]:
     """The data sets that a recipe evaluates on, checked."""
     sets = []
     if recipe.evaluate_on_train:
         sets.append(EvaluatedSet("train", train_index, recipe.train_images))
     if recipe.val_annotations is not None and recipe.val_images is not None:
         index = open_coco(recipe.val_annotations, recipe.cache_dir)
-        index.labels(label2id)
+        index.labels({name: label for label, name in enumerate(train_index.categories.values())})
         sets.append(EvaluatedSet("val", index, find_pictures(index, recipe.val_images)))
     return sets
 

@@ -29,9 +29,9 @@ def draw_instances(
     pixels = np.array(image, dtype=np.float32)
     for instance in reversed(instances):
         mask = decode_segmentation(instance["segmentation"], image.height, image.width)
-        color = np.array(_color(instance["category_id"]), dtype=np.float32)
-        pixels[mask] = (1 - MASK_OPACITY) * pixels[mask] + MASK_OPACITY * color
-        pixels[_outline(mask)] = color
+        tint = np.array(_color(instance["category_id"]), dtype=np.float32)
+        pixels[mask] = (1 - MASK_OPACITY) * pixels[mask] + MASK_OPACITY * tint
+        pixels[_outline(mask)] = tint
     drawn = Image.fromarray(pixels.round().astype(np.uint8))
     canvas = ImageDraw.Draw(drawn)
     font = ImageFont.load_default(size=max(12, min(image.size) // 32))

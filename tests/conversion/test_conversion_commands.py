@@ -1,14 +1,20 @@
 """The commands as they are typed: what they say, and their exit codes."""
 
+import argparse
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from vit_adapter import MaskRcnnConfig, MaskRcnnForInstanceSegmentation, ViTAdapterConfig
-from vit_adapter.conversion.__main__ import main
+from vit_adapter import MaskRcnnConfig, MaskRcnnForInstanceSegmentation, ViTAdapterBackbone, ViTAdapterConfig
+from vit_adapter.configuration.presets import PRESETS
+from vit_adapter.conversion.__main__ import add_commands, main
+
+README = Path(__file__).resolve().parents[2] / "conversion" / "README.md"
 
 
 @pytest.fixture
@@ -85,6 +91,32 @@ def test_an_unwritable_place_is_one_sentence(deit_tiny, tmp_path, capsys):
     assert capsys.readouterr().err.startswith("error: ")
 
 
+ON_A_FULL_DISK = """
+import resource, sys
+from vit_adapter.conversion.__main__ import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # a write beyond this fails, as on a full disk
+sys.exit(max(main(words.split()) for words in sys.argv[1:]))
+"""
+
+
+def test_a_full_disk_is_one_sentence_and_nothing_is_left(tmp_path, deit_tiny, small_config, vit_state):
+    torch.save(vit_state(48, 2, 37, patch=14, layer_scale="ls1.gamma"), tmp_path / "dinov2.pth")
+    ViTAdapterBackbone(small_config()).save_pretrained(tmp_path / "backbone")
+    before = sorted(tmp_path.iterdir())
+    commands = [
+        f"convert {deit_tiny.name} out",
+        "convert-14to16 dinov2.pth",
+        "export backbone back.pth --format reference",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", ON_A_FULL_DISK, *commands], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    sentences = done.stderr.splitlines()
+    assert len(sentences) == 3 and all(sentence.startswith("error: ") for sentence in sentences)
+    assert sorted(tmp_path.iterdir()) == before
+
+
 def test_the_originals_configuration_converts_a_detector_of_another_size(tmp_path, reference_case, capsys):
     case = reference_case("detector_inference")
     torch.save({"state_dict": case.weights, "meta": {"CLASSES": tuple("abcdefg")}}, tmp_path / "in.pth")
@@ -113,3 +145,26 @@ def test_a_published_detector_of_full_size_loads_bit_for_bit(tmp_path, detector_
     assert main(["export", str(tmp_path / "out"), str(tmp_path / "back.pth"), "--format", "reference"]) == 0
     back = torch.load(tmp_path / "back.pth", weights_only=True)["state_dict"]
     assert all(torch.equal(back[name], tensor) for name, tensor in state.items())
+
+
+def readme_lines() -> list[str]:
+    return README.read_text(encoding="utf-8").splitlines()
+
+
+def test_every_command_of_the_readme_parses():
+    commands = [line.split("#")[0].split() for line in readme_lines() if line.startswith("vit-adapter ")]
+    commands += [re.findall(r"`vit-adapter (.*?)`", line)[0].split() for line in readme_lines() if "| `vit-ad" in line]
+    parsed = [words[1:] if words[0] == "vit-adapter" else words for words in commands]
+    plain = [words for words in parsed if "[--preset" not in words]
+    assert len(plain) >= 12
+    parser = argparse.ArgumentParser()
+    add_commands(parser.add_subparsers(required=True))
+    for words in plain:
+        assert callable(parser.parse_args(words).run)
+
+
+def test_the_readme_names_every_published_source():
+    text = README.read_text(encoding="utf-8")
+    sources = {preset.source for preset in PRESETS.values() if preset.source}
+    for source in sources:
+        assert source in text or source.startswith("L_16-i21k-300ep-")

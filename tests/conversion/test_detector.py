@@ -165,3 +165,8 @@ def test_every_switch_of_the_original_backbone_has_its_field(argument, value, fi
 def test_a_window_without_a_size_is_refused(published_model):
     with pytest.raises(ValueError, match="window_size"):
         backbone_config_from_reference(published_model["backbone"] | {"window_size": None})
+
+
+def test_windows_for_some_blocks_only_are_refused(published_model):
+    with pytest.raises(ValueError, match="each of 12 blocks, but holds 3"):
+        backbone_config_from_reference(published_model["backbone"] | {"window_size": [14, 14, None]})

@@ -17,6 +17,7 @@ from huggingface_hub import constants
 from transformers import AutoImageProcessor, AutoModelForInstanceSegmentation
 
 from vit_adapter import MaskRcnnConfig, MaskRcnnForInstanceSegmentation, MaskRcnnImageProcessor, ViTAdapterBackbone
+from vit_adapter.conversion.__main__ import main
 from vit_adapter.conversion.convert import convert_source
 from vit_adapter.conversion.hub import HubError, push_folder
 from vit_adapter.conversion.hub_code import export_hub_code
@@ -230,6 +231,29 @@ def test_a_backbone_on_the_hub_is_a_source(hub, backbone_folder, small_config, t
     assert source.state.keys() == written.keys()
     assert all(torch.equal(source.state[name], written[name]) for name in written)
     convert_source("me/backbone", tmp_path / "again", config=small_config())
+
+
+def test_a_pickle_is_fetched_only_where_there_is_no_safetensors_file(hub, backbone_folder, tmp_path, vit_state):
+    push_folder(backbone_folder, "me/both")
+    torch.save(vit_state(24, 2, 4), tmp_path / "pytorch_model.bin")
+    pickled = (tmp_path / "pytorch_model.bin").read_bytes()
+    hub.commits["me/both"]["pytorch_model.bin"] = pickled
+    hub.commits["me/old"] = {"pytorch_model.bin": pickled, "config.json": b"{}"}
+    assert list(read_source("me/both").files) == ["model.safetensors"]
+    assert not list(tmp_path.glob("cache/models--me--both/**/*.bin"))
+    assert read_source("me/old").state.keys() == vit_state(24, 2, 4).keys()
+
+
+def test_the_commands_push(hub, vit_state, tmp_path, capsys):
+    torch.save(vit_state(192, 12, 14), tmp_path / "in.pth")
+    assert main(["convert", str(tmp_path / "in.pth"), str(tmp_path / "out"), "--push-to-hub", "me/deit"]) == 0
+    assert f"{hub.url}/me/deit/commit/{COMMIT}" in capsys.readouterr().out
+    assert hub.commits["me/deit"] == contents(tmp_path / "out")  # the local card names the repository as well
+    assert main(["push", str(tmp_path / "out"), "me/again", "--private"]) == 0
+    assert hub.commits["me/again"]["model.safetensors"] == hub.commits["me/deit"]["model.safetensors"]
+    hub.refusal = (401, "RepoNotFound")
+    assert main(["push", str(tmp_path / "out"), "me/refused"]) == 2
+    assert "hf auth login" in capsys.readouterr().err
 
 
 def test_model_and_processor_push_themselves(hub, detector):

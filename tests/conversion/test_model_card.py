@@ -33,6 +33,7 @@ def detector_config(preset: str, source: str) -> MaskRcnnConfig:
         "kind": "detector",
         "preset": preset,
         "converter": "vit-adapter 0",
+        "resized": {},
         "dropped": {},
         "filled": {},
         "new": {},

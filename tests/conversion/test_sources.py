@@ -9,12 +9,12 @@ from transformers import Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig, D
 
 from vit_adapter import ViTAdapterBackbone, ViTAdapterConfig
 from vit_adapter.conversion.augreg import AUGREG, AUGREG_JAX
-from vit_adapter.conversion.convert import KINDS, recognise
 from vit_adapter.conversion.deit import DEIT
 from vit_adapter.conversion.detector import expected_shapes
 from vit_adapter.conversion.dinov2 import DINOV2, DINOV2_HUGGING_FACE, DINOV2_TIMM_GIANT
 from vit_adapter.conversion.mapping import Conversion, CoverageError, Table, convert
 from vit_adapter.conversion.source_files import SourceFiles, read_source
+from vit_adapter.conversion.source_kinds import KINDS, recognise
 
 # float32 through two blocks; the order of sums differs between fused and separate projections.
 TOLERANCE = {"atol": 2e-5, "rtol": 1e-5}

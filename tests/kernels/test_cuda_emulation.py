@@ -1,4 +1,4 @@
-"""The CUDA device code, run on the CPU under emulation, against the reference in float64; and that this check bites."""
+"""The CUDA device code, emulated on the CPU, against the reference in float64; and that this check bites."""
 
 import shutil
 import struct
@@ -10,9 +10,9 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-import vit_adapter.kernels.ms_deform_attn as operator
 from torch import Tensor
 
+import vit_adapter.kernels.ms_deform_attn as operator
 from vit_adapter.kernels.reference import ms_deform_attn_reference, ms_deform_attn_sample_reference
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to compile the emulation with")
@@ -205,39 +205,40 @@ def test_architectures_before_9_add_number_by_number(programs):
     assert max(errors(result, expected(INJECTOR, inputs)[1:])) < TOLERANCES[torch.float32]
 
 
-# Defects to plant: file, text, what it becomes.
+# Defects to plant: what stands in the source, and what it becomes.
 MUTANTS = {
-    "barrier after resolving": ("ms_deform_attn.cuh", "  }\n  __syncwarp();\n}", "  }\n}"),
-    "barrier before the softmax's gradient": ("ms_deform_attn.cuh", "  __syncwarp();\n\n  float mean", "\n  float mean"),
-    "exchange of the wrong number": ("ms_deform_attn.cuh", "odd ? first : second", "odd ? second : first"),
-    "a level of the tree left out": ("ms_deform_attn.cuh", "int distance = 4; distance", "int distance = 8; distance"),
-    "one lane short": ("ms_deform_attn.cuh", "int distance = LANES / 2", "int distance = LANES / 4"),
-    "shuffle in a branch": ("ms_deform_attn.cuh", "if (problem.fused) {\n    for (int i = work.lane; i < length; i += V::LANES) {\n      mean", "if (problem.fused && work.live) {\n    for (int i = work.lane; i < length; i += V::LANES) {\n      mean"),
-    "next row": ("ms_deform_attn.cuh", "(corner >> 1) * sample.width", "(corner >> 1)"),
-    "pixels outside": ("ms_deform_attn.cuh", "(pixel_of(place, corner, height, width) >= 0)", "1"),
-    "dead groups add": ("ms_deform_attn.cuh", "if (work.live) {\n            grad_value", "{\n            grad_value"),
-    "level's start": ("ms_deform_attn.cuh", "problem.source.start[level] + place.y", "place.y"),
-    "points before levels": ("ms_deform_attn.cuh", "const int level = i / problem.points;\n    const int", "const int level = i % problem.source.count;\n    const int"),
-    "softmax's total": ("ms_deform_attn.cuh", "expf(weight - greatest) / total", "expf(weight - greatest)"),
-    "softmax's gradient": ("ms_deform_attn.cuh", "(gradients[3 * i] - mean)", "gradients[3 * i]"),
-    "last of four": ("ms_deform_attn.cuh", "factor * numbers[k + 3])", "factor * numbers[k + 2])"),
-    "coarse fixed point": ("ms_deform_attn.cuh", "exp2(61.0", "exp2(17.0"),
-    "packets from anywhere": ("ms_deform_attn.cuh", "if (aligned && problem.channels == 32 && problem.samples == 4)", "if (problem.channels == 32 && problem.samples == 4)"),
-    "x for y": ("sampling.h", "(1 - place.right) * (bottom_left - top_left)", "(1 - place.below) * (bottom_left - top_left)"),
-    "corner of a pixel": ("sampling.h", "(index + A(0.5))", "(index + A(0))"),
-}  # fmt: skip
-QUICK_MUTANTS = ["barrier after resolving", "exchange of the wrong number", "dead groups add", "packets from anywhere"]
+    "no barrier after resolving": ("  }\n  __syncwarp();\n}", "  }\n}"),
+    "no barrier before the softmax's gradient": ("  __syncwarp();\n\n  float mean", "\n  float mean"),
+    "the wrong number exchanged": ("odd ? first : second", "odd ? second : first"),
+    "a sum that leaves a level out": ("int distance = 4; distance", "int distance = 8; distance"),
+    "a sum over half of the group": ("int distance = LANES / 2", "int distance = LANES / 4"),
+    "a shuffle in a branch": ("mean = group_sum<V::LANES>(mean)", "if (work.live) mean = group_sum<V::LANES>(mean)"),
+    "the wrong row": ("(corner >> 1) * sample.width", "(corner >> 1)"),
+    "pixels outside": ("(pixel_of(place, corner, height, width) >= 0)", "1"),
+    "groups beyond the last query": ("if (work.live) {\n            grad_value", "{\n            grad_value"),
+    "the wrong level": ("problem.source.start[level] + place.y", "place.y"),
+    "points before levels": ("level = i / problem.points", "level = i % problem.source.count"),
+    "attention without its total": ("expf(weight - greatest) / total", "expf(weight - greatest)"),
+    "attention's gradient without its mean": ("(gradients[3 * i] - mean)", "gradients[3 * i]"),
+    "the last of four": ("factor * numbers[k + 3])", "factor * numbers[k + 2])"),
+    "a coarse fixed point": ("exp2(61.0", "exp2(17.0"),
+    "packets from unaligned memory": ("aligned && problem.channels == 32", "problem.channels == 32"),
+    "x for y": ("(1 - place.right) * (bottom_left", "(1 - place.below) * (bottom_left"),
+    "a pixel's corner for its centre": ("(index + A(0.5))", "(index + A(0))"),
+}
+QUICK_MUTANTS = ["no barrier after resolving", "the wrong number exchanged", "packets from unaligned memory"]
 
 
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[] if name in QUICK_MUTANTS else [pytest.mark.slow]) for name in MUTANTS]
 )
 def test_planted_defect_is_caught(tmp_path, name):
-    file, text, defect = MUTANTS[name]
-    shutil.copytree(CSRC, tmp_path / "csrc")
-    source = (CSRC / file).read_text()
-    assert text in source
-    (tmp_path / "csrc" / file).write_text(source.replace(text, defect, 1))
+    text, defect = MUTANTS[name]
+    (tmp_path / "csrc").mkdir()
+    sources = {path.name: path.read_text() for path in (CSRC / "ms_deform_attn.cuh", CSRC / "sampling.h")}
+    assert sum(text in source for source in sources.values()) == 1
+    for file, source in sources.items():
+        (tmp_path / "csrc" / file).write_text(source.replace(text, defect))
     program = compile_emulation(tmp_path / "mutant", "float", csrc=tmp_path / "csrc")
 
     def caught(case: Case, task: int, order: str = "ascending", aligned: bool = True) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+
 import vit_adapter.kernels.native as native
 
 SOURCE = Path(__file__).parent / "machine_code" / "every_kernel.cu"

@@ -154,7 +154,10 @@ def test_the_long_side_limits_the_resize():
 
 
 def test_steps_are_read_as_the_recipe_describes_them():
-    described = [{"flip": None}, {"one_of": [[{"resize": {"short_sides": [4, 5]}}], [{"crop": dict.fromkeys(SIDES, 3)}]]}]
+    described = [
+        {"flip": None},
+        {"one_of": [[{"resize": {"short_sides": [4, 5]}}], [{"crop": dict.fromkeys(SIDES, 3)}]]},
+    ]
     assert parse_steps(described) == (Flip(0.5), OneOf(((Resize((4, 5)),), (Crop(3, 3),))))
 
 
@@ -177,5 +180,3 @@ SIDES = ("smallest", "largest")
 def test_a_wrong_step_is_named(described, sentence):
     with pytest.raises(ValueError, match=sentence):
         parse_steps(described)
-
-

@@ -156,7 +156,10 @@ def test_a_missing_area_is_the_masks(write):
         (content(images=[{"id": 7, "file_name": "a", "height": 9, "width": 9}] * 2), "the image id 7 is given twice"),
         (content(images=[{"id": 7, "file_name": "a", "height": 0, "width": 9}]), "the image 7 is 0 x 9 pixels"),
         *(
-            (content(images=[{"id": 7, "file_name": name, "height": 9, "width": 9}]), "leads out of the picture folder")
+            (
+                content(images=[{"id": 7, "file_name": name, "height": 9, "width": 9}]),
+                "leads out of the picture folder",
+            )
             for name in ("../a.png", "/etc/a.png", "x/../../a.png", "C:\\a.png", "")
         ),
     ],

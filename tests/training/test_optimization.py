@@ -32,7 +32,9 @@ def test_groups_are_those_of_the_published_configuration(path):
     )
 
     # Each parameter is filled with the number of its group and then renamed (and query, key, value joined).
-    state = {name: torch.zeros((), dtype=torch.uint8).expand(value.shape) for name, value in model.state_dict().items()}
+    state = {
+        name: torch.zeros((), dtype=torch.uint8).expand(value.shape) for name, value in model.state_dict().items()
+    }
     for number, group in enumerate(groups):
         for name, parameter in zip(group["names"], group["params"], strict=True):
             state[name] = torch.tensor(number, dtype=torch.uint8).expand(parameter.shape)

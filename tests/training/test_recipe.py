@@ -118,9 +118,10 @@ def test_every_preset_has_its_recipe(request, preset):
     assert (recipe.gradient_clip_norm, recipe.mixed_precision, recipe.reference_quirks) == (None, None, True)
     assert recipe.backbone_weights.name == PRESETS[preset].source
     steps = [name for step in recipe.augmentation for name in step]
-    assert steps == {"multi_scale_crop": ["flip", "one_of", "crop"], "resize_flip": ["resize", "flip"]}[
-        numbers["augmentation"]
-    ]
+    assert (
+        steps
+        == {"multi_scale_crop": ["flip", "one_of", "crop"], "resize_flip": ["resize", "flip"]}[numbers["augmentation"]]
+    )
     text = next(request.config.rootpath.glob(f"training/recipes/{recipe.name}.yaml")).read_text()
     published = (PRESETS[preset].box_ap, PRESETS[preset].mask_ap)
     assert "Nothing is published" in text if None in published else all(str(number) in text for number in published)
