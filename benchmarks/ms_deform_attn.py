@@ -3,7 +3,7 @@
     python benchmarks/ms_deform_attn.py [--rounds 5] [--device cuda] [--dtype bfloat16] [--quick]
 
 Shapes are those of one interaction of ViT-Adapter with DINOv2-S, -B and -L. Offsets spread by 3 pixels. The three
-implementations take turns, so that a busy machine slows all alike; the ratios are of the medians. Memory is the
+implementations take turns, so that a busy machine slows all alike, and the least time of each counts. Memory is the
 greatest growth of the process during one forward and backward pass, on a GPU that of the allocator.
 On a GPU the last column is the fraction of the time that the unavoidable traffic takes at the memory's bandwidth.
 """
@@ -11,7 +11,6 @@ On a GPU the last column is the fraction of the time that the unavoidable traffi
 import argparse
 import ctypes
 import functools
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -118,9 +117,9 @@ def milliseconds(function: Callable[[], None], device: str) -> float:
 
 
 def interleaved(functions: list[Callable[[], None]], rounds: int, device: str) -> list[float]:
-    """Median milliseconds of each function, the functions taking turns after one round that does not count."""
+    """Least milliseconds of each function, the functions taking turns after one round that does not count."""
     times = [[milliseconds(function, device) for function in functions] for _ in range(rounds + 1)]
-    return [statistics.median(column) for column in zip(*times[1:], strict=True)]
+    return [min(column) for column in zip(*times[1:], strict=True)]
 
 
 def peak_megabytes(implementation: str, case: Case, problem: Problem) -> float:
@@ -194,7 +193,7 @@ def main() -> None:
         raise SystemExit(native.describe(arguments.device).reason)
 
     where = torch.cuda.get_device_name() if arguments.device == "cuda" else f"CPU, {arguments.threads} threads"
-    print(f"{where}, {arguments.dtype}, PyTorch {torch.__version__}, median of {arguments.rounds} rounds")
+    print(f"{where}, {arguments.dtype}, PyTorch {torch.__version__}, least of {arguments.rounds} rounds")
     header = ["model", "picture", "part", "fwd ms", "ref", "transf.", "f+b ms", "ref", "transf.", "f+b MB", "ref"]
     header += ["fwd limit", "f+b limit"] if arguments.device == "cuda" else []
     print("| " + " | ".join(header) + " |")

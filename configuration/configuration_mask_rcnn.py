@@ -5,7 +5,7 @@ https://arxiv.org/abs/1612.03144.
 """
 
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from .configuration_vit_adapter import ViTAdapterConfig
@@ -58,6 +58,7 @@ class MaskRcnnConfig(PreTrainedConfig):
     Raises:
         huggingface_hub.errors.StrictDataclassError: A field has the wrong type, or fields contradict each other; the
             message names both sides.
+        ValueError: `backbone_config` is a dictionary of no registered model type.
     """
 
     model_type = "mask_rcnn"
@@ -80,33 +81,40 @@ class MaskRcnnConfig(PreTrainedConfig):
     rpn_pre_nms_top_n_test: int = 1000
     rpn_post_nms_top_n_train: int = 1000
     rpn_post_nms_top_n_test: int = 1000
-    rpn_nms_threshold: float = 0.7
+    rpn_nms_threshold: float | int = 0.7
     rpn_min_box_size: float | int = 0
-    rpn_positive_iou: float = 0.7
-    rpn_negative_iou: float = 0.3
-    rpn_min_positive_iou: float = 0.3
+    rpn_positive_iou: float | int = 0.7
+    rpn_negative_iou: float | int = 0.3
+    rpn_min_positive_iou: float | int = 0.3
     rpn_batch_size_per_image: int = 256
-    rpn_positive_fraction: float = 0.5
+    rpn_positive_fraction: float | int = 0.5
     roi_finest_scale: float | int = 56
     box_roi_size: int = 7
     box_head_dim: int = 1024
-    box_positive_iou: float = 0.5
+    box_positive_iou: float | int = 0.5
     box_batch_size_per_image: int = 512
-    box_positive_fraction: float = 0.25
+    box_positive_fraction: float | int = 0.25
     box_delta_stds: list[float | int] | tuple[float | int, ...] = (0.1, 0.1, 0.2, 0.2)
     score_threshold: float | int = 0.05
-    nms_threshold: float = 0.5
+    nms_threshold: float | int = 0.5
     detections_per_image: int = 100
     mask_roi_size: int = 14
     mask_target_size: int = 28
     mask_num_convs: int = 4
     mask_channels: int = 256
-    mask_threshold: float = 0.5
+    mask_threshold: float | int = 0.5
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):
         for name in ("anchor_ratios", "anchor_strides", "box_delta_stds"):
             setattr(self, name, list(getattr(self, name)))
+        if isinstance(self.backbone_config, dict):
+            model_type = self.backbone_config.get("model_type")
+            if model_type not in CONFIG_MAPPING:
+                raise ValueError(
+                    f"backbone_config has the model_type {model_type}, but one that transformers knows was expected, "
+                    'such as "vit_adapter" or "resnet".'
+                )
         super().__post_init__(**kwargs)
 
     def validate_backbone(self):

@@ -129,6 +129,21 @@ class ViTAdapterConfig(BackboneConfigMixin, PreTrainedConfig):
         """Width of the sampled values, shared out among the deformable heads."""
         return int(self.hidden_size * self.deformable_value_ratio)
 
+    def validate_counts(self):  # first: validators run in the order of their names
+        least = {
+            "hidden_size": 1,
+            "num_attention_heads": 1,
+            "num_channels": 1,
+            "num_prefix_tokens": 0,
+            "spatial_prior_channels": 1,
+            "deformable_num_heads": 1,
+            "deformable_num_points": 1,
+            "num_extra_extractors": 0,
+        }
+        for name, smallest in least.items():
+            if getattr(self, name) < smallest:
+                raise ValueError(f"{name} is {getattr(self, name)}, but at least {smallest} was expected.")
+
     def validate_patches(self):
         if self.patch_size != 16:
             raise ValueError(

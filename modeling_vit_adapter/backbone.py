@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
+from transformers.backbone_utils import BackboneMixin
 from transformers.modeling_outputs import BackboneOutput
-from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from ..configuration.configuration_vit_adapter import ViTAdapterConfig
@@ -133,8 +132,7 @@ class ViTAdapterBackbone(BackboneMixin, ViTAdapterPreTrainedModel):
         self.norms = nn.ModuleList(nn.BatchNorm2d(config.hidden_size) for _ in self.stage_names[1:])
         self.post_init()
 
-    @can_return_tuple
-    @filter_output_hidden_states
+    @capture_outputs(tie_last_hidden_states=False)
     def forward(self, pixel_values: Tensor, **kwargs) -> BackboneOutput:
         """Maps of a batch of pictures.
 
@@ -142,13 +140,9 @@ class ViTAdapterBackbone(BackboneMixin, ViTAdapterPreTrainedModel):
             pixel_values: (B, 3, H, W), normalised, H and W multiples of 32.
 
         Raises:
-            ValueError: Sides that are no multiple of 32, or another number of channels than the model's.
+            ValueError: No batch of pictures, sides that are no multiple of 32, or another number of channels than the
+                model's.
         """
-        return self._extract_features(pixel_values, **kwargs)
-
-    @merge_with_config_defaults
-    @capture_outputs(tie_last_hidden_states=False)
-    def _extract_features(self, pixel_values: Tensor, **kwargs) -> BackboneOutput:
         self._check_input(pixel_values)
         pixel_values = pixel_values.to(self.embeddings.patch_embeddings.projection.weight.dtype)
         finest, prior = self.spatial_prior(pixel_values)
@@ -184,6 +178,11 @@ class ViTAdapterBackbone(BackboneMixin, ViTAdapterPreTrainedModel):
         )
 
     def _check_input(self, pixel_values: Tensor) -> None:
+        if pixel_values.ndim != 4:
+            raise ValueError(
+                f"pixel_values has shape {tuple(pixel_values.shape)}, but (pictures, channels, height, width) was "
+                "expected: give a single picture as a batch of one."
+            )
         _, channels, height, width = pixel_values.shape
         if channels != self.config.num_channels:
             raise ValueError(

@@ -18,6 +18,8 @@ def load_image(path: str | os.PathLike[str]) -> Image.Image:
         ValueError: there is no such file, or it holds no picture that can be read whole; the sentence says which.
     """
     name = os.fspath(path)
+    if os.path.isdir(name):
+        raise ValueError(f"{name}: a picture was expected, but this is a folder")
     if not os.path.isfile(name):
         raise ValueError(f"{name}: there is no such file")
     if os.path.getsize(name) == 0:

@@ -66,6 +66,7 @@ class MaskRcnnPreTrainedModel(ParentsInitialize, PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False  # the losses are means: a Trainer divides them by its accumulation steps
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -129,11 +130,15 @@ class MaskRcnnForInstanceSegmentation(MaskRcnnPreTrainedModel):
         Raises:
             ValueError: Inputs contradict each other or the configuration; the message names both sides.
         """
-        image_sizes = _image_sizes(pixel_values, pixel_mask)
+        for output in ("output_hidden_states", "output_attentions"):
+            if getattr(self.config, output):
+                kwargs.setdefault(output, True)
         backbone_output = self.backbone.forward_with_filtered_kwargs(pixel_values, **kwargs)
         pyramid = self.neck(backbone_output.feature_maps)
         self._check_strides(pyramid, pixel_values)
         predictions = self.rpn(pyramid)
+        # Only now: a GPU is waited for at each look at values, which from here on happens anyway.
+        image_sizes = _image_sizes(pixel_values, pixel_mask)
 
         loss, loss_dict = None, None
         if labels is not None:
@@ -154,7 +159,7 @@ class MaskRcnnForInstanceSegmentation(MaskRcnnPreTrainedModel):
         self, pyramid: Sequence[Tensor], predictions: RpnPrediction, image_sizes: Tensor, labels: Labels
     ) -> dict[str, Tensor]:
         boxes = [label["boxes"].to(predictions.anchors) for label in labels]
-        classes = [label["class_labels"] for label in labels]
+        classes = [label["class_labels"].to(predictions.anchors.device, torch.long) for label in labels]
         loss_rpn_cls, loss_rpn_bbox = self.rpn.loss(predictions, image_sizes, boxes)
 
         proposals = self.rpn.propose(predictions, image_sizes, training=True)
@@ -172,7 +177,7 @@ class MaskRcnnForInstanceSegmentation(MaskRcnnPreTrainedModel):
         logits = self.mask_head(self._pool(pyramid, positives, "mask"), positive_classes)
         targets = [
             self._mask_targets(label, regions, size)
-            for label, regions, size in zip(labels, sampled, image_sizes, strict=True)
+            for label, regions, size in zip(labels, sampled, image_sizes.tolist(), strict=True)
         ]
         loss_mask = self.mask_head.loss(logits, torch.cat(targets).to(logits.dtype))
         return {
@@ -183,14 +188,14 @@ class MaskRcnnForInstanceSegmentation(MaskRcnnPreTrainedModel):
             "loss_mask": loss_mask,
         }
 
-    def _mask_targets(self, label: Mapping[str, Any], regions: SampledRegions, image_size: Tensor) -> Tensor:
+    def _mask_targets(self, label: Mapping[str, Any], regions: SampledRegions, image_size: Sequence[int]) -> Tensor:
         side, boxes = self.config.mask_target_size, regions.positive_boxes
         if len(boxes) == 0:
             return boxes.new_zeros(0, side, side)
-        height, width = image_size.tolist()
+        height, width = image_size
         if "polygons" in label:
             return polygon_mask_targets(label["polygons"], regions.objects, boxes, side, (height, width))
-        masks = label["masks"]
+        masks = label["masks"].to(boxes.device)
         missing = max(height - masks.shape[-2], 0), max(width - masks.shape[-1], 0)
         if any(missing):
             masks = nn.functional.pad(masks, (0, missing[1], 0, missing[0]))
@@ -277,6 +282,11 @@ def _check_labels(labels: Labels, batch: int, num_classes: int) -> None:
     if len(labels) != batch:
         raise ValueError(f"There are labels for {len(labels)} pictures, but pixel_values holds {batch}.")
     for picture, label in enumerate(labels):
+        if not {"boxes", "class_labels"} <= label.keys() or not {"masks", "polygons"} & label.keys():
+            raise ValueError(
+                f"The labels of picture {picture} hold {', '.join(sorted(label))}, but boxes, class_labels, and masks "
+                "or polygons were expected, empty ones where there are no objects."
+            )
         boxes, classes = label["boxes"], label["class_labels"]
         masks = label["polygons"] if "polygons" in label else label["masks"]
         if boxes.shape != (len(classes), 4) or len(masks) != len(classes):
@@ -284,8 +294,13 @@ def _check_labels(labels: Labels, batch: int, num_classes: int) -> None:
                 f"The labels of picture {picture} hold boxes {tuple(boxes.shape)}, {len(masks)} masks and "
                 f"{len(classes)} classes, but one of each was expected for every object."
             )
-        # On a GPU a look at the values would wait for it; there, indexing asserts the range.
-        if not classes.is_cuda and len(classes) and not 0 <= classes.min() <= classes.max() < num_classes:
+        sides = boxes[:, 2:] - boxes[:, :2]
+        if not (sides.isfinite() & (sides > 0)).all():
+            raise ValueError(
+                f"The labels of picture {picture} hold a box without area, or one that is not finite: leave such "
+                "objects out, and give boxes as x1, y1, x2, y2."
+            )
+        if len(classes) and not 0 <= classes.min() <= classes.max() < num_classes:
             raise ValueError(
                 f"The class_labels of picture {picture} run from {classes.min()} to {classes.max()}, but the model "
                 f"has {num_classes} classes, numbered from 0."

@@ -34,14 +34,16 @@ def pool_regions(
         side: S.
 
     Returns:
-        (R, C, S, S), picture by picture.
+        (R, C, S, S) in the features' dtype, picture by picture; sampled at least in float32.
     """
+    # In bfloat16 a coordinate beyond 1024 pixels would be off by up to four.
+    precision = torch.promote_types(features[0].dtype, torch.float32)
     numbered = [functional.pad(of_picture, (1, 0), value=picture) for picture, of_picture in enumerate(boxes)]
-    regions = torch.cat(numbered).to(features[0].dtype)  # (R, 5) as (picture, x1, y1, x2, y2)
+    regions = torch.cat(numbered).to(precision)  # (R, 5) as (picture, x1, y1, x2, y2)
     levels = roi_levels(regions[:, 1:], len(features), finest_scale)
     pooled = features[0].new_zeros(len(regions), features[0].shape[1], side, side)
     for level, (feature, stride) in enumerate(zip(features, strides, strict=True)):
         on_level = (levels == level).nonzero().flatten()
-        aligned = roi_align(feature, regions[on_level], side, 1 / stride, sampling_ratio=0, aligned=True)
+        aligned = roi_align(feature.to(precision), regions[on_level], side, 1 / stride, sampling_ratio=0, aligned=True)
         pooled = pooled.index_copy(0, on_level, aligned.to(pooled.dtype))
     return pooled

@@ -52,10 +52,8 @@ class SpatialPrior(nn.Module):
         finest, *coarser = (
             projection(feature) for projection, feature in zip(self.projections, features, strict=True)
         )
-        pyramid = TokenPyramid.from_maps(coarser)
-        level_of_token = self.level_embeddings.repeat_interleave(
-            torch.tensor([grid.area for grid in pyramid.grids], device=pixel_values.device),
-            dim=0,
-            output_size=pyramid.tokens.shape[1],
-        )
-        return finest, pyramid.with_tokens(pyramid.tokens + level_of_token)
+        marked = [
+            feature + embedding[:, None, None]
+            for feature, embedding in zip(coarser, self.level_embeddings, strict=True)
+        ]  # fmt: skip
+        return finest, TokenPyramid.from_maps(marked)

@@ -46,6 +46,9 @@ class Recipe:
         learning_rate, weight_decay, layer_decay_rate, reference_quirks: See `optimization.parameter_groups`.
         lr_decay_epochs, lr_decay_factor, warmup_steps, warmup_ratio: See `optimization.learning_rate_factor`.
         gradient_clip_norm: Largest norm of the gradient.
+        freeze_batch_norm_epoch: From this epoch on, batch norms apply their running statistics and keep them, as in
+            evaluation. With a picture or two at a time, a model otherwise comes to rely on the statistics of the
+            very picture, which it does not have in evaluation.
         mixed_precision: bf16 or fp16.
         seed: Of every random draw.
         cpu_threads: Threads of a process without a GPU; otherwise the cores are shared out evenly.
@@ -98,6 +101,7 @@ class Recipe:
     warmup_steps: int = 500
     warmup_ratio: float = 0.001
     gradient_clip_norm: float | None = None
+    freeze_batch_norm_epoch: int | None = None
     mixed_precision: str | None = None
     seed: int = 0
     cpu_threads: int | None = None

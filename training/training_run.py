@@ -129,7 +129,7 @@ class TrainingRun:
         Raises:
             ValueError: the loss is not finite; the weights are those before the step.
         """
-        self.model.train()
+        self._set_training_mode(step)
         self._set_learning_rates(step)
         image_ids, losses = [], []
         for micro_batch in range(self.accumulation):
@@ -234,6 +234,14 @@ class TrainingRun:
     def progress(self, title: str, total: int, done: int = 0) -> tqdm:
         """A progress bar, shown by the main process only."""
         return tqdm(total=total, initial=done, desc=title, disable=not self.accelerator.is_main_process)
+
+    def _set_training_mode(self, step: int) -> None:
+        self.model.train()
+        first_frozen_epoch = self.recipe.freeze_batch_norm_epoch
+        if first_frozen_epoch is not None and step // self.steps_per_epoch >= first_frozen_epoch:
+            for module in self.detector.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
 
     def _set_learning_rates(self, step: int) -> None:
         factor = self.rate_factor(step)

@@ -177,14 +177,14 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("images", type=Path, nargs="+", metavar="IMAGE")
     command.add_argument("--out", type=Path, required=True, help="folder for predictions.json and the drawn pictures")
     command.add_argument("--threshold", type=float, default=0.5, help="least score (default 0.5)")
-    command.add_argument("--device", default=default_device(), help="default here: %(default)s")
+    command.add_argument("--device", type=usable_device, default=default_device(), help="default here: %(default)s")
 
     command = add_command(commands, "evaluate", evaluate)
     command.add_argument("model", help="a model folder or a Hub id")
     command.add_argument("--annotations", type=Path, required=True, help="COCO JSON")
     command.add_argument("--images", type=Path, required=True, help="folder of its pictures")
     command.add_argument("--out", type=Path, help="write all numbers as JSON")
-    command.add_argument("--device", default=default_device(), help="default here: %(default)s")
+    command.add_argument("--device", type=usable_device, default=default_device(), help="default here: %(default)s")
 
     command = add_command(commands, "info", info)
     command.add_argument("model", nargs="?", help="a model folder or a Hub id")
@@ -200,6 +200,16 @@ def add_command(commands: Any, name: str, run: Any) -> argparse.ArgumentParser:
     command = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
     command.set_defaults(run=run)
     return command
+
+
+def usable_device(name: str) -> str:
+    """The name of a device, if it is there."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # the latter from a PyTorch built without CUDA
+        reason = str(error).splitlines()[0]
+        raise argparse.ArgumentTypeError(f'"{name}" is no device of this machine: {reason}') from error
+    return name
 
 
 def default_device() -> str:

@@ -26,6 +26,16 @@ def test_saving_and_loading_changes_nothing(tmp_path):
     assert (tmp_path / "first" / "config.json").read_text() == (tmp_path / "second" / "config.json").read_text()
 
 
+@pytest.mark.parametrize("model_type", [{}, {"model_type": "unheard-of"}])
+def test_a_backbone_of_no_known_type_is_named(model_type):
+    with pytest.raises(ValueError, match="but one that transformers knows was expected"):
+        MaskRcnnConfig(backbone_config={**model_type, "out_indices": [1, 2, 3, 4]})
+
+
+def test_thresholds_may_be_whole_numbers():
+    assert MaskRcnnConfig(nms_threshold=1, box_positive_fraction=1).nms_threshold == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [

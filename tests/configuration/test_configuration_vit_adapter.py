@@ -50,6 +50,8 @@ def test_saving_and_loading_changes_nothing(tmp_path):
         ({"patch_size": 14}, r"patch_size is 14, but .* patches of 16 pixels"),
         ({"image_size": 600}, r"image_size is 600, which is no multiple of patch_size 16"),
         ({"position_embedding_type": "sine"}, r'"learned" or "rope" was expected'),
+        ({"num_attention_heads": 0}, r"num_attention_heads is 0, but at least 1 was expected"),
+        ({"num_prefix_tokens": -1}, r"num_prefix_tokens is -1, but at least 0 was expected"),
         ({"drop_path_rate": 1.0}, r"a probability in \[0, 1\) was expected"),
         ({"hidden_size": 90, "num_attention_heads": 15, "deformable_num_heads": 15, "position_embedding_type": "rope"},
          r"multiple of 4, but hidden_size / num_attention_heads is 6"),

@@ -5,6 +5,7 @@ points are float32 even in the float64 run, which moves the maps by up to 2.5e-6
 """
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -121,6 +122,11 @@ def test_sides_that_are_no_multiples_of_32_get_one_clear_sentence(small_backbone
         ViTAdapterBackbone(small_backbone_config)(torch.zeros(1, 3, 100, 64))
 
 
+def test_a_picture_without_a_batch_gets_one_clear_sentence(small_backbone_config):
+    with pytest.raises(ValueError, match=r"shape \(3, 64, 64\), but .* give a single picture as a batch of one"):
+        ViTAdapterBackbone(small_backbone_config)(torch.zeros(3, 64, 64))
+
+
 def test_another_number_of_channels_gets_one_clear_sentence(small_backbone_config):
     with pytest.raises(ValueError, match="has 1 channels, but the model was built for 3"):
         ViTAdapterBackbone(small_backbone_config)(torch.zeros(1, 1, 64, 64))
@@ -139,6 +145,22 @@ def test_hidden_states_and_attentions_are_returned_when_asked_for(small_backbone
     output = model(torch.randn(1, 3, 64, 96), output_hidden_states=True, output_attentions=True)
     assert [tuple(state.shape) for state in output.hidden_states] == [(1, 24, 24)] * 5
     assert [tuple(weights.shape[1:]) for weights in output.attentions] == [(2, 9, 9), (2, 24, 24)] * 2
+
+
+def test_tokens_are_kept_for_no_one_who_does_not_ask(small_backbone_config):
+    model = ViTAdapterBackbone(small_backbone_config).eval()
+    tokens = []
+    model.layers[0].register_forward_hook(lambda module, arguments, output: tokens.append(weakref.ref(output)))
+    model.layers[2].register_forward_hook(lambda *_: tokens.append(tokens[0]()))
+    with torch.no_grad():
+        assert model(torch.randn(1, 3, 64, 96)).hidden_states is None
+    assert tokens[1] is None  # the first block's tokens were gone before the third block had run
+
+
+def test_a_tuple_is_returned_when_asked_for(small_backbone_config):
+    model = ViTAdapterBackbone(small_backbone_config).eval()
+    maps, states = model(torch.randn(1, 3, 64, 96), return_dict=False, output_hidden_states=True)
+    assert len(maps) == 4 and len(states) == 5
 
 
 def test_kept_prefix_tokens_reach_the_maps(small_backbone_config):

@@ -13,6 +13,8 @@ from transformers import (
     AutoModelForObjectDetection,
     ResNetConfig,
     SwinConfig,
+    Trainer,
+    TrainingArguments,
 )
 
 from vit_adapter import MaskRcnnConfig, MaskRcnnForInstanceSegmentation
@@ -298,11 +300,35 @@ def test_maps_at_other_strides_get_one_clear_sentence(small_detector_config):
         ({"class_labels": torch.tensor([-1, 1])}, "run from -1 to 1, but the model has 3 classes"),
         ({"boxes": torch.zeros(3, 4)}, r"boxes \(3, 4\), 2 masks and 2 classes, but one of each"),
         ({"masks": torch.zeros(1, 64, 96)}, r"1 masks and 2 classes, but one of each"),
+        ({"boxes": torch.tensor([[5.0, 6, 60, 55], [50, 20, 50, 60]])}, "picture 0 hold a box without area"),
+        ({"boxes": torch.tensor([[5.0, 6, 60, 55], [90, 20, 50, 60]])}, "picture 0 hold a box without area"),
+        ({"boxes": torch.tensor([[5.0, 6, 60, 55], [50, 20, torch.nan, 60]])}, "or one that is not finite"),
     ],
 )
 def test_labels_that_contradict_each_other_are_named(change, sentence, small_detector):
     with pytest.raises(ValueError, match=sentence):
         small_detector(torch.zeros(1, 3, 64, 96), labels=[{**labels_of(2)[0], **change}])
+
+
+@pytest.mark.parametrize("missing", ["boxes", "class_labels", "masks"])
+def test_labels_that_lack_a_part_are_named(missing, small_detector):
+    (label,) = labels_of(2)
+    del label[missing]
+    with pytest.raises(ValueError, match="picture 0 hold .*, but boxes, class_labels, and masks or polygons"):
+        small_detector(torch.zeros(1, 3, 64, 96), labels=[label])
+
+
+@pytest.mark.parametrize(
+    ("count", "dtype"), [(2, torch.int32), (0, torch.float32)], ids=["int32", "empty list as a tensor"]
+)
+def test_class_labels_of_any_dtype_give_the_same_loss(count, dtype, small_detector, monkeypatch):
+    monkeypatch.setattr(matching, "choose", keep_first)
+    (label,) = labels_of(count)
+    pixel_values = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        expected = small_detector.eval()(pixel_values, labels=[label]).loss
+        changed = {**label, "class_labels": label["class_labels"].to(dtype)}
+        assert small_detector(pixel_values, labels=[changed]).loss.item() == expected.item()
 
 
 def test_labels_for_another_number_of_pictures_are_named(small_detector):
@@ -321,6 +347,64 @@ def test_labels_for_another_number_of_pictures_are_named(small_detector):
 def test_a_pixel_mask_that_is_no_rectangle_is_named(pixel_mask, sentence, small_detector):
     with pytest.raises(ValueError, match=sentence):
         small_detector(torch.zeros(1, 3, 64, 96), pixel_mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_detector_in_half_precision_finds_and_learns(dtype, small_detector, tmp_path):
+    small_detector.save_pretrained(tmp_path)
+    model = MaskRcnnForInstanceSegmentation.from_pretrained(tmp_path, dtype=dtype).eval()
+    pixel_values = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        output = model(pixel_values)
+    assert output.scores.dtype == torch.float32 and output.pred_boxes.isfinite().all()
+    loss = model.train()(pixel_values, labels=labels_of(2, 1)).loss
+    loss.backward()
+    assert loss.dtype == torch.float32 and loss.isfinite()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_of_the_detector_changes_no_gradient(use_reentrant, small_detector, monkeypatch):
+    monkeypatch.setattr(matching, "choose", keep_first)
+    pixel_values = torch.randn(2, 3, 64, 96)
+
+    def gradients() -> dict[str, torch.Tensor]:
+        small_detector.zero_grad()
+        small_detector.train()(pixel_values, labels=labels_of(2, 1)).loss.backward()
+        return {name: parameter.grad.clone() for name, parameter in small_detector.named_parameters()}
+
+    expected = gradients()
+    small_detector.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+    for name, gradient in gradients().items():
+        torch.testing.assert_close(gradient, expected[name], msg=name)
+
+
+def test_the_configuration_may_ask_for_hidden_states_and_attentions(small_detector):
+    small_detector.set_attn_implementation("eager")
+    small_detector.config.output_hidden_states = small_detector.config.output_attentions = True
+    output = small_detector.eval()(torch.randn(1, 3, 64, 96))
+    assert len(output.hidden_states) == 5 and len(output.attentions) == 4
+    assert small_detector(torch.randn(1, 3, 64, 96), output_hidden_states=False).hidden_states is None
+
+
+def test_a_trainer_divides_the_loss_by_its_accumulation_steps(small_detector, tmp_path):
+    trainer = Trainer(small_detector, TrainingArguments(tmp_path, report_to=[], use_cpu=True))
+    assert not trainer.model_accepts_loss_kwargs
+
+
+def test_another_number_of_classes_renews_what_depends_on_it(small_detector, tmp_path):
+    small_detector.save_pretrained(tmp_path)
+    loaded, report = MaskRcnnForInstanceSegmentation.from_pretrained(
+        tmp_path, num_labels=5, ignore_mismatched_sizes=True, output_loading_info=True
+    )
+    assert {name.rsplit(".", 1)[0] for name, _, _ in report["mismatched_keys"]} == {
+        "box_head.class_scores",
+        "box_head.box_deltas",
+        "mask_head.mask_logits",
+    }
+    assert loaded.box_head.class_scores.weight.shape == (6, 32) and len(loaded.config.id2label) == 5
+    assert all(parameter.isfinite().all() for parameter in loaded.parameters())
+    assert torch.equal(loaded.box_head.fc1.weight, small_detector.box_head.fc1.weight)
 
 
 def test_bfloat16_autocast_keeps_the_losses_in_float32(small_detector):

@@ -48,3 +48,11 @@ def test_levels_and_features_equal_the_reference(reference_case):
     torch.testing.assert_close(
         larger.double().sum((2, 3)), case.tensors["roi_feats_14_sum"], rtol=1e-5, atol=1e-3
     )  # sums of 196 float32 values
+
+
+def test_boxes_keep_their_place_where_features_are_bfloat16():
+    levels = [torch.randn(1, 2, 1344 // stride, 64 // stride).bfloat16() for stride in (4, 8)]
+    boxes = [torch.tensor([[3.3, 1025.3, 60.7, 1090.1], [1.2, 1201.4, 63.0, 1340.6]])]
+    expected = pool_regions([level.float() for level in levels], (4, 8), boxes, 7, 56)
+    pooled = pool_regions(levels, (4, 8), boxes, 7, 56)
+    assert torch.equal(pooled, expected.bfloat16())

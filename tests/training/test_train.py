@@ -102,7 +102,7 @@ def test_a_run_writes_model_metrics_and_pictures(tmp_path, write):
     steps = [line["step"] for line in lines(run) if "loss" in line]
     assert steps == [1, 2, 3, 4]
     # The warm-up reaches the full rate after two steps.
-    assert [line["learning_rate"] for line in lines(run)[:3]] == pytest.approx([1e-6, 5.005e-4, 1e-3])
+    assert [line["learning_rate"] for line in lines(run)[:3]] == pytest.approx([5e-7, 2.5025e-4, 5e-4])
     for picture in [run / "loss_curve.png", *(run / "predictions").glob("*/*.png")]:
         with Image.open(picture) as image:
             image.load()
@@ -145,6 +145,17 @@ def test_stopping_and_going_on_changes_no_bit(tmp_path, write, monkeypatch, stop
     assert weights[0].keys() == weights[1].keys()
     assert [name for name in weights[0] if not torch.equal(weights[0][name], weights[1][name])] == []
     assert lines(tmp_path / "through") == lines(tmp_path / "stopped")
+
+
+def test_frozen_batch_norms_keep_their_statistics(tmp_path, write):
+    path = write(max_steps=9)  # an epoch has seven steps
+    for name, epoch in (("free", "null"), ("second", "1"), ("first", "0")):
+        train(load_recipe(path, ["--output_dir", str(tmp_path / name), "--freeze_batch_norm_epoch", epoch]))
+    seen = {
+        name: load_file(tmp_path / name / "model" / "model.safetensors")["backbone.norms.0.num_batches_tracked"].item()
+        for name in ("free", "second", "first")
+    }
+    assert seen == {"free": 2 * 9, "second": 2 * 7, "first": 0}
 
 
 def test_a_finished_run_is_not_overwritten_unasked(write, capsys):

@@ -83,6 +83,19 @@ def test_a_picture_that_cannot_be_read_ends_in_one_sentence_before_anything_is_w
     assert words in sentence_of(capsys) and not (tmp_path / "out").exists()
 
 
+def test_a_folder_in_place_of_a_picture_ends_in_one_sentence(detector_folder, sample_coco, tmp_path, capsys):
+    assert main(["predict", str(detector_folder), str(sample_coco), "--out", str(tmp_path / "out")]) == 2
+    assert "a picture was expected, but this is a folder" in sentence_of(capsys)
+
+
+def test_a_device_that_is_not_there_ends_in_one_sentence(detector_folder, sample_coco, tmp_path, capsys):
+    picture, out = min((sample_coco / "val2017").glob("*.jpg")), tmp_path / "out"
+    with pytest.raises(SystemExit) as stop:
+        main(["predict", str(detector_folder), str(picture), "--out", str(out), "--device", "abacus"])
+    assert stop.value.code == 2
+    assert '"abacus" is no device of this machine' in capsys.readouterr().err and not out.exists()
+
+
 def test_a_folder_that_is_no_model_ends_in_one_sentence(tmp_path, capsys):
     assert main(["info", str(tmp_path)]) == 2
     assert str(tmp_path) in sentence_of(capsys)

@@ -9,7 +9,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from transformers import AutoConfig, AutoImageProcessor
+from transformers import AutoConfig, AutoImageProcessor, pipeline
+from vit_adapter import MaskRcnnForInstanceSegmentation, MaskRcnnImageProcessor
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("configuration", "modeling_vit_adapter", "conversion", "kernels", "training")
@@ -59,6 +60,16 @@ def wheel(tmp_path_factory) -> Path:
 def test_configurations_are_registered_by_their_type(detector_folder):
     assert AutoConfig.from_pretrained(detector_folder).model_type == "mask_rcnn"
     assert type(AutoImageProcessor.from_pretrained(detector_folder)).__name__ == "MaskRcnnImageProcessor"
+
+
+@pytest.mark.parametrize("task", ["image-segmentation", "object-detection"])
+def test_pipelines_take_a_folder_or_a_loaded_model(task, detector_folder, sample_coco):
+    picture = str(min((sample_coco / "val2017").glob("*.jpg")))
+    model = MaskRcnnForInstanceSegmentation.from_pretrained(detector_folder)
+    processor = MaskRcnnImageProcessor.from_pretrained(detector_folder)
+    from_folder = pipeline(task, model=str(detector_folder))(picture, threshold=0.0)
+    from_model = pipeline(task, model=model, image_processor=processor)(picture, threshold=0.0)
+    assert from_folder and [found["label"] for found in from_folder] == [found["label"] for found in from_model]
 
 
 def test_the_checkout_works_from_its_root_without_installation(tmp_path):
