@@ -114,10 +114,17 @@ class ViTAdapterBackbone(BackboneMixin, ViTAdapterPreTrainedModel):
     Its stages are `stage1` to `stage4`, maps (B, C, H / s, W / s) at strides s of 4, 8, 16 and 32;
     `config.out_features` chooses which are returned. `hidden_states` are the tokens of the ViT before the first block
     and after each.
+
+    Raises:
+        ValueError: The configuration asks for the map of the stem, which the adapter has not.
     """
 
     def __init__(self, config: ViTAdapterConfig):
         super().__init__(config)
+        if "stem" in self.out_features:
+            raise ValueError(
+                f"out_features is {self.out_features}, but the adapter has maps stage1 to stage4 (out_indices 1 to 4)."
+            )
         self.num_features = [config.hidden_size] * len(self.stage_names)
         self.embeddings = ViTEmbeddings(config)
         self.rotary_positions = RotaryPositions(config) if config.position_embedding_type == "rope" else None

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from vit_adapter import MaskRcnnConfig, MaskRcnnForInstanceSegmentation, MaskRcnnImageProcessor, ViTAdapterConfig
 from vit_adapter.cli import build_parser
 

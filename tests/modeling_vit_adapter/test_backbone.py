@@ -139,6 +139,13 @@ def test_out_features_choose_the_maps(small_backbone_config):
     assert [tuple(feature.shape[2:]) for feature in maps] == [(16, 24), (2, 3)]
 
 
+def test_the_stem_has_no_map(small_backbone_config):
+    config = copy.deepcopy(small_backbone_config)
+    config.out_indices = [0, 1, 2, 3]
+    with pytest.raises(ValueError, match="the adapter has maps stage1 to stage4"):
+        ViTAdapterBackbone(config)
+
+
 def test_hidden_states_and_attentions_are_returned_when_asked_for(small_backbone_config):
     model = ViTAdapterBackbone(small_backbone_config).eval()
     model.set_attn_implementation("eager")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from vit_adapter import ViTAdapterConfig
 from vit_adapter.modeling_vit_adapter.deformable_attention import DeformableAttention
 from vit_adapter.modeling_vit_adapter.token_pyramid import Grid

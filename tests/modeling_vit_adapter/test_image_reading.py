@@ -160,7 +160,7 @@ def test_a_file_that_is_no_picture_is_refused_with_the_reason(tmp_path, content,
 
 
 def test_a_folder_is_no_file(tmp_path):
-    with pytest.raises(ValueError, match="there is no such file"):
+    with pytest.raises(ValueError, match="a picture was expected, but this is a folder"):
         load_image(tmp_path)
 
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from vit_adapter import MaskRcnnConfig, MaskRcnnForInstanceSegmentation, ViTAdapterConfig
 from vit_adapter.configuration.presets import PRESETS
 from vit_adapter.conversion.detector import state_to_reference

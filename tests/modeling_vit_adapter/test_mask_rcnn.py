@@ -314,7 +314,7 @@ def test_labels_that_contradict_each_other_are_named(change, sentence, small_det
 def test_labels_that_lack_a_part_are_named(missing, small_detector):
     (label,) = labels_of(2)
     del label[missing]
-    with pytest.raises(ValueError, match="picture 0 hold .*, but boxes, class_labels, and masks or polygons"):
+    with pytest.raises(ValueError, match=r"picture 0 hold .*, but boxes, class_labels, and masks or polygons"):
         small_detector(torch.zeros(1, 3, 64, 96), labels=[label])
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from vit_adapter import MaskRcnnConfig, MaskRcnnForInstanceSegmentation, MaskRcnnImageProcessor, ViTAdapterConfig
 
 

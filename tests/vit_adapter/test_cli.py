@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 from safetensors.torch import load_file, save_file
+
 from vit_adapter.cli import main
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from transformers import AutoConfig, AutoImageProcessor, pipeline
+
 from vit_adapter import MaskRcnnForInstanceSegmentation, MaskRcnnImageProcessor
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -102,6 +103,7 @@ def test_an_installed_wheel_works_away_from_the_checkout(wheel, tmp_path):
 
 def test_the_source_archive_holds_tests_and_papers(tmp_path):
     archive = build("build_sdist", tmp_path)
-    held = {name.split("/", 1)[1] for name in tarfile.open(archive).getnames() if "/" in name}
+    with tarfile.open(archive) as opened:
+        held = {name.split("/", 1)[1] for name in opened.getnames() if "/" in name}
     expected = {"README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff", "Makefile", "tests/conftest.py"}
     assert expected | {f"{folder}/__init__.py" for folder in FOLDERS if folder != "kernels"} <= held
