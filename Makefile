@@ -11,7 +11,7 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 .DELETE_ON_ERROR:
 
 train: $(VENV)/.installed
-	$(VENV)/bin/accelerate launch training/train.py $(RECIPE)
+	$(VENV)/bin/accelerate launch --quiet training/train.py $(RECIPE)
 
 test: $(VENV)/.installed
 	$(VENV)/bin/python -m pytest

@@ -5,8 +5,10 @@ input, h, w one picture. The input frame is pixels of the padded input; padding 
 resized picture has the same frame.
 """
 
+import itertools
 import os
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,7 +27,7 @@ from transformers.image_utils import (
 from transformers.processing_utils import ImagesKwargs, Unpack
 
 from .image_reading import load_image, to_bytes, to_rgb
-from .masks import decode_segmentation, paste_mask, paste_mask_as_rle, paste_region, resize_mask
+from .masks import are_finite_numbers, decode_segmentation, paste_mask, paste_mask_as_rle, paste_region, resize_mask
 from .resampling import resize_bilinear, resized_size
 
 
@@ -98,7 +100,8 @@ class MaskRcnnImageProcessor(TorchvisionBackend):
             labels: only with annotations: a list of one dict a picture, as the model takes them: boxes (N, 4) float32
                 xyxy in the input frame, clipped to the picture, class_labels (N,) int64, masks (N, h, w) bool if
                 there are segmentations, ignored_boxes (crowds, 4). Left out, as in the reference, are annotations of
-                no area, of a side below one pixel, wholly outside the picture, or marked `ignore`.
+                no area, of a side below one pixel, wholly outside the picture, or marked `ignore`; and objects of
+                which clipping and rounding leave nothing.
 
         Raises:
             ValueError: a picture cannot be read, or an annotation is not of this form.
@@ -175,6 +178,8 @@ class MaskRcnnImageProcessor(TorchvisionBackend):
         return_tensors: Any,
         **kwargs: Any,
     ) -> BatchFeature:
+        if not images:
+            raise ValueError("at least one picture is needed, but got none")
         original_sizes = [(image.shape[-2], image.shape[-1]) for image in images]
         if do_resize:
             images = [self.resize(image, size, resample=resample, antialias=antialias) for image in images]
@@ -332,8 +337,12 @@ def prepare_labels(
     kept = [entry for entry in annotation["annotations"] if _is_usable(entry, height, width)]
     objects = [entry for entry in kept if not entry.get("iscrowd", 0)]
     crowds = [entry for entry in kept if entry.get("iscrowd", 0)]
+    boxes = _resized_boxes(objects, original_size, size)
+    # A sliver within the picture can round to nothing once it is clipped.
+    has_area = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
+    objects = list(itertools.compress(objects, has_area.tolist()))
     labels = {
-        "boxes": _resized_boxes(objects, original_size, size),
+        "boxes": boxes[has_area],
         "class_labels": torch.tensor([entry["category_id"] for entry in objects], dtype=torch.int64),
         "ignored_boxes": _resized_boxes(crowds, original_size, size),
     }
@@ -357,8 +366,10 @@ def _is_usable(entry: Mapping[str, Any], height: int, width: int) -> bool:
         if key not in entry:
             raise ValueError(f"{_name(entry)} has no {key}")
     box = entry["bbox"]
-    if len(box) != 4 or not np.isfinite(box).all():
+    if not are_finite_numbers(box) or len(box) != 4:
         raise ValueError(f"{_name(entry)}: bbox must be four finite numbers (x, y, width, height), but got {box}")
+    if not isinstance(entry["category_id"], Integral):
+        raise ValueError(f"{_name(entry)}: category_id must be the index of a class, but got {entry['category_id']!r}")
     left, top, box_width, box_height = box
     inside = left < width and top < height and left + box_width > 0 and top + box_height > 0
     large_enough = box_width >= 1 and box_height >= 1 and entry.get("area", 1) > 0

@@ -128,10 +128,19 @@ def segmentation_as_rle(segmentation: Any, height: int, width: int) -> dict[str,
         # pycocotools would read four numbers as a box.
         if not isinstance(polygon, Sequence) or len(polygon) < 6 or len(polygon) % 2:
             raise ValueError(f"a polygon needs at least three x, y pairs, but got {_shortened(polygon)}")
-        if not np.isfinite(polygon).all():
-            raise ValueError(f"a polygon's corners must be finite, but got {_shortened(polygon)}")
+        if not are_finite_numbers(polygon):
+            raise ValueError(f"a polygon's corners must be finite numbers, but got {_shortened(polygon)}")
     coco = _require_coco_mask()
     return _compressed_rle(coco.merge(coco.frPyObjects(list(segmentation), height, width)), height, width)
+
+
+def are_finite_numbers(values: Any) -> bool:
+    """Whether this is a flat list of numbers, none of them infinite or NaN."""
+    try:
+        array = np.asarray(values)
+    except ValueError:  # ragged
+        return False
+    return array.ndim == 1 and array.dtype.kind in "iuf" and bool(np.isfinite(array).all())
 
 
 def resize_mask(mask: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -54,7 +54,7 @@ def starting_point(recipe: Recipe, categories: Mapping[int, str]) -> StartingPoi
         model, processor = _from_preset(PRESETS[str(recipe.preset)], recipe, id2label)
     processor.size = {"shortest_edge": recipe.eval_short_side, "longest_edge": recipe.eval_long_side}
     if recipe.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     return StartingPoint(
         model=model,
         processor=processor,

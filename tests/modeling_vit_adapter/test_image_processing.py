@@ -219,6 +219,18 @@ def test_boxes_are_clipped_to_the_picture():
     assert labels["boxes"].tolist() == [[0, 9, 20, 15]]
 
 
+def test_an_object_that_rounds_to_nothing_at_the_border_is_left_out():
+    sliver = _annotation(bbox=[19.9999999, 2, 5, 5])
+    labels = prepare_labels({"annotations": [sliver, _annotation()]}, (10, 20), (10, 20))
+    assert len(labels["boxes"]) == len(labels["class_labels"]) == len(labels["masks"]) == 1
+    assert (labels["boxes"][:, 2:] > labels["boxes"][:, :2]).all()
+
+
+def test_no_pictures_at_all_get_one_clear_sentence(processor):
+    with pytest.raises(ValueError, match="at least one picture is needed"):
+        processor([])
+
+
 def test_labels_without_segmentations_have_no_masks():
     entry = _annotation()
     del entry["segmentation"]
@@ -232,6 +244,10 @@ def test_labels_without_segmentations_have_no_masks():
         ([{"category_id": 0}], "an annotation has no bbox"),
         ([_annotation(bbox=[1, 2, 3])], "annotation 1: bbox must be four finite numbers"),
         ([_annotation(bbox=[1, 2, 3, float("nan")])], "annotation 1: bbox must be four finite numbers"),
+        ([_annotation(bbox=["1", "2", "3", "4"])], "annotation 1: bbox must be four finite numbers"),
+        ([_annotation(bbox=None)], "annotation 1: bbox must be four finite numbers"),
+        ([_annotation(category_id="cat")], "annotation 1: category_id must be the index of a class, but got 'cat'"),
+        ([_annotation(segmentation=[["1"] * 6])], "annotation 1: a polygon's corners must be finite numbers"),
         ([_annotation(segmentation=[[1, 2, 3]])], "annotation 1: a polygon needs at least three"),
         ([_annotation(segmentation={"size": [5, 5], "counts": [25]})], r"annotation 1: .*picture's size \[10, 20\]"),
         ([_annotation(), {"id": 2, "bbox": [1, 2, 3, 4], "category_id": 0}], "annotation 2 has no segmentation"),
