@@ -3,14 +3,17 @@
     python benchmarks/ms_deform_attn.py [--rounds 5] [--device cuda] [--dtype bfloat16] [--quick]
 
 Shapes are those of one interaction of ViT-Adapter with DINOv2-S, -B and -L. Offsets spread by 3 pixels. The three
-implementations take turns, so that a busy machine slows all alike, and the least time of each counts. Memory is the
-greatest growth of the process during one forward and backward pass, on a GPU that of the allocator.
+implementations take turns of a few calls, so that a busy machine slows all alike, and the median of each counts. A
+turn's first call does not: it finds the caches full of another implementation's data, where in a model the value comes
+fresh from its projection. Memory is the greatest growth of the process during one forward and backward pass, on a GPU
+that of the allocator.
 On a GPU the last column is the fraction of the time that the unavoidable traffic takes at the memory's bandwidth.
 """
 
 import argparse
 import ctypes
 import functools
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,6 +29,7 @@ from vit_adapter.kernels.ms_deform_attn import ms_deform_attn
 MODELS = {"S": (6, 64), "B": (12, 32), "L": (16, 32)}  # heads, channels of a head
 SIZES = [(512, 512), (800, 1216), (1024, 1024)]
 POINTS = 4
+CALLS_OF_A_TURN = 3
 IMPLEMENTATIONS = ("native", "reference", "transformers")
 
 
@@ -117,9 +121,13 @@ def milliseconds(function: Callable[[], None], device: str) -> float:
 
 
 def interleaved(functions: list[Callable[[], None]], rounds: int, device: str) -> list[float]:
-    """Least milliseconds of each function, the functions taking turns after one round that does not count."""
-    times = [[milliseconds(function, device) for function in functions] for _ in range(rounds + 1)]
-    return [min(column) for column in zip(*times[1:], strict=True)]
+    """Median milliseconds of each function over turns of one call that does not count and some that do."""
+    times: list[list[float]] = [[] for _ in functions]
+    for _ in range(rounds):
+        for measured, function in zip(times, functions, strict=True):
+            function()
+            measured += [milliseconds(function, device) for _ in range(CALLS_OF_A_TURN)]
+    return [statistics.median(measured) for measured in times]
 
 
 def peak_megabytes(implementation: str, case: Case, problem: Problem) -> float:
@@ -193,7 +201,7 @@ def main() -> None:
         raise SystemExit(native.describe(arguments.device).reason)
 
     where = torch.cuda.get_device_name() if arguments.device == "cuda" else f"CPU, {arguments.threads} threads"
-    print(f"{where}, {arguments.dtype}, PyTorch {torch.__version__}, least of {arguments.rounds} rounds")
+    print(f"{where}, {arguments.dtype}, PyTorch {torch.__version__}, medians of {arguments.rounds} rounds")
     header = ["model", "picture", "part", "fwd ms", "ref", "transf.", "f+b ms", "ref", "transf.", "f+b MB", "ref"]
     header += ["fwd limit", "f+b limit"] if arguments.device == "cuda" else []
     print("| " + " | ".join(header) + " |")

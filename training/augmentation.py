@@ -97,12 +97,14 @@ class Resize:
             return view
         # In float32 as the original, so that boxes agree to the last bit.
         scale = np.array([new_width / width, new_height / height] * 2, dtype=np.float32)
-        return View(
-            image=resize_bilinear(view.image, new_height, new_width),
-            boxes=_clipped(view.boxes * scale, new_height, new_width),
-            kept=view.kept,
-            rows=resize_mask(view.rows[None], 1, new_height)[0],
-            columns=resize_mask(view.columns[None], 1, new_width)[0],
+        return _with_visible_objects(
+            View(
+                image=resize_bilinear(view.image, new_height, new_width),
+                boxes=view.boxes * scale,
+                kept=view.kept,
+                rows=resize_mask(view.rows[None], 1, new_height)[0],
+                columns=resize_mask(view.columns[None], 1, new_width)[0],
+            )
         )
 
 
@@ -123,15 +125,14 @@ class Crop:
         window_width = draws.integers(min(width, self.smallest), min(width, self.largest) + 1)
         top = draws.integers(0, height - window_height + 1)
         left = draws.integers(0, width - window_width + 1)
-        boxes = view.boxes - np.array([left, top] * 2, dtype=np.float32)
-        boxes = _clipped(boxes, window_height, window_width)
-        stays = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
-        return View(
-            image=view.image[:, top : top + window_height, left : left + window_width],
-            boxes=boxes[stays],
-            kept=view.kept[stays],
-            rows=view.rows[top : top + window_height],
-            columns=view.columns[left : left + window_width],
+        return _with_visible_objects(
+            View(
+                image=view.image[:, top : top + window_height, left : left + window_width],
+                boxes=view.boxes - np.array([left, top] * 2, dtype=np.float32),
+                kept=view.kept,
+                rows=view.rows[top : top + window_height],
+                columns=view.columns[left : left + window_width],
+            )
         )
 
 
@@ -162,7 +163,9 @@ def parse_steps(description: Sequence[Any]) -> tuple[Step, ...]:
 def view_of(image: torch.Tensor, boxes: np.ndarray) -> View:
     """The original (3, H, W) and its objects' boxes (N, 4), before any step."""
     _, height, width = image.shape
-    return View(image, boxes.astype(np.float32), np.arange(len(boxes)), np.arange(height), np.arange(width))
+    return _with_visible_objects(
+        View(image, boxes.astype(np.float32), np.arange(len(boxes)), np.arange(height), np.arange(width))
+    )
 
 
 def apply(steps: Sequence[Step], view: View, draws: Draws) -> View:
@@ -192,8 +195,12 @@ def masks_of(view: View, run_lengths: Sequence[Mapping[str, Any]]) -> torch.Tens
     return torch.from_numpy(masks)
 
 
-def _clipped(boxes: np.ndarray, height: int, width: int) -> np.ndarray:
-    return np.clip(boxes, 0, np.array([width, height] * 2, dtype=np.float32))
+def _with_visible_objects(view: View) -> View:
+    """The boxes clipped to the picture, and without the objects of which nothing is left."""
+    height, width = view.size
+    boxes = np.clip(view.boxes, 0, np.array([width, height] * 2, dtype=np.float32))
+    stays = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+    return view._replace(boxes=boxes[stays], kept=view.kept[stays])
 
 
 def _inside(sources: np.ndarray, first: int, end: int) -> slice:

@@ -147,6 +147,12 @@ def test_a_window_may_hold_no_object():
     assert masks_of(view, []).shape == (0, 3, 3)
 
 
+def test_boxes_are_clipped_to_the_picture_and_objects_beyond_it_left_out():
+    boxes = np.array([[-4.0, 2.0, 10.0, 99.0], [40.0, 0.0, 45.0, 5.0]])
+    view = view_of(torch.zeros(3, 30, 40, dtype=torch.uint8), boxes)
+    assert view.boxes.tolist() == [[0, 2, 10, 30]] and view.kept.tolist() == [0]
+
+
 def test_the_long_side_limits_the_resize():
     image = torch.zeros(3, 10, 40, dtype=torch.uint8)
     view = Resize((20,), 60)(view_of(image, np.zeros((0, 4))), np.random.default_rng(0))
