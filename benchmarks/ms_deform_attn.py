@@ -1,6 +1,6 @@
 """Time and memory of deformable attention: native, its reference, and transformers' module, in one run.
 
-    python benchmarks/ms_deform_attn.py [--rounds 5] [--device cuda] [--dtype bfloat16] [--quick]
+    python benchmarks/ms_deform_attn.py [--rounds 3] [--device cuda] [--dtype bfloat16] [--quick]
 
 Shapes are those of one interaction of ViT-Adapter with DINOv2-S, -B and -L. Offsets spread by 3 pixels. The three
 implementations take turns of a few calls, so that a busy machine slows all alike, and the median of each counts. A
@@ -189,7 +189,7 @@ def rows(cases: list[Case], rounds: int, device: str, dtype: torch.dtype) -> Ite
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")

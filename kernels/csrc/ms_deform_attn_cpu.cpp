@@ -10,8 +10,13 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
 #include <tuple>
 #include <type_traits>
 #include <vector>
@@ -440,10 +445,25 @@ void with_vectors(const at::Tensor& value, F function) {
   });
 }
 
+// A large tensor comes fresh from the system each time (malloc keeps nothing above 32 MiB). Filling it in huge pages
+// instead of small ones more than halves the time of the largest calls. Where there are none, the advice does nothing.
+at::Tensor in_huge_pages(at::Tensor tensor) {
+#ifdef __linux__
+  constexpr size_t kLarge = size_t{32} << 20;
+  constexpr std::uintptr_t kPage = 4096;
+  if (tensor.nbytes() >= kLarge) {
+    const auto address = reinterpret_cast<std::uintptr_t>(tensor.data_ptr());
+    const auto first = (address + kPage - 1) / kPage * kPage, last = (address + tensor.nbytes()) / kPage * kPage;
+    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+  }
+#endif
+  return tensor;
+}
+
 at::Tensor run_forward(
     const Problem& problem, const at::Tensor& value, const at::Tensor& places, const at::Tensor& weights) {
-  at::Tensor output =
-      at::empty({problem.batch, problem.queries, int64_t{problem.heads} * problem.channels}, value.options());
+  at::Tensor output = in_huge_pages(
+      at::empty({problem.batch, problem.queries, int64_t{problem.heads} * problem.channels}, value.options()));
   const auto source = value.contiguous(), where = places.contiguous(), how_much = weights.contiguous();
   with_vectors(value, [&](auto type, auto accumulator, auto width) {
     forward<decltype(width)::value, decltype(type), decltype(accumulator)>(problem, source, where, how_much, output);
@@ -457,8 +477,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> run_backward(
   const auto accumulation = value.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   Gradients gradients{
       at::zeros(value.sizes(), value.options().dtype(accumulation)),
-      at::empty(places.sizes(), places.options()),
-      at::empty(weights.sizes(), weights.options())};
+      in_huge_pages(at::empty(places.sizes(), places.options())),
+      in_huge_pages(at::empty(weights.sizes(), weights.options()))};
   const auto grad = grad_output.to(value.scalar_type()).contiguous();
   const auto source = value.contiguous(), where = places.contiguous(), how_much = weights.contiguous();
   with_vectors(value, [&](auto type, auto accumulator, auto width) {
