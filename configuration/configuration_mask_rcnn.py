@@ -12,6 +12,12 @@ from .configuration_vit_adapter import ViTAdapterConfig
 
 NUM_BACKBONE_LEVELS = 4
 
+# Overlaps, probabilities and fractions.
+SHARES = (
+    *("rpn_nms_threshold", "rpn_positive_iou", "rpn_negative_iou", "rpn_min_positive_iou", "rpn_positive_fraction"),
+    *("box_positive_iou", "box_positive_fraction", "score_threshold", "nms_threshold", "mask_threshold"),
+)
+
 
 @strict
 class MaskRcnnConfig(PreTrainedConfig):
@@ -142,6 +148,18 @@ class MaskRcnnConfig(PreTrainedConfig):
                 f"anchor_strides is {self.anchor_strides}, but each level has twice the stride of the one before: "
                 f"{doubled}."
             )
+
+    def validate_anchors(self):
+        if not self.anchor_ratios or min(self.anchor_ratios) <= 0 or self.anchor_scale <= 0:
+            raise ValueError(
+                f"anchor_ratios is {self.anchor_ratios} and anchor_scale {self.anchor_scale}, but at least one ratio "
+                "and numbers above 0 were expected."
+            )
+
+    def validate_shares(self):
+        for name in SHARES:
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, but a number from 0 to 1 was expected.")
 
     def validate_heads(self):
         if self.mask_target_size != 2 * self.mask_roi_size:
