@@ -42,9 +42,9 @@ def new_folder(out: Path) -> Iterator[Path]:
         yield partial
         partial.chmod(0o755)  # mkdtemp's own is private
         for path in [*partial.rglob("*"), partial]:
-            _sync(path)
+            force_to_disk(path)
         partial.rename(out)
-        _sync(out.parent)
+        force_to_disk(out.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -55,9 +55,9 @@ def new_file(out: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
         partial = Path(folder) / out.name
         yield partial
-        _sync(partial)
+        force_to_disk(partial)
         partial.replace(out)
-    _sync(out.parent)
+    force_to_disk(out.parent)
 
 
 def write_weights(folder: Path, tensors: State, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
@@ -167,7 +167,8 @@ def _write_json(path: Path, content: Mapping[str, object]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _sync(path: Path) -> None:
+def force_to_disk(path: Path) -> None:
+    """Waits until a file's content, or a folder's list of entries, has reached the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

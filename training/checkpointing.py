@@ -5,7 +5,6 @@ happens at once or not at all. Resuming from one gives the weights of an uninter
 everything random is drawn anew from the seed, the step and the process (`seed_step`, and `data.TrainingBatches`).
 """
 
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -17,6 +16,8 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+
+from vit_adapter.conversion.model_folder import force_to_disk
 
 STEP = re.compile(r"step-(\d{8})")
 WEIGHTS = "model.safetensors"
@@ -58,11 +59,11 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
         save_file({name: tensor.contiguous() for name, tensor in checkpoint.model.items()}, unfinished / WEIGHTS)
         torch.save(dict(checkpoint.training), unfinished / STATE)
         for path in (unfinished / WEIGHTS, unfinished / STATE, unfinished):
-            _force_to_disk(path)
+            force_to_disk(path)
         if final.exists():
             shutil.rmtree(final)
         unfinished.rename(final)
-        _force_to_disk(folder)
+        force_to_disk(folder)
     except (OSError, SafetensorError, RuntimeError) as error:  # torch and safetensors wrap a full disk in their own
         shutil.rmtree(unfinished, ignore_errors=True)
         raise ValueError(f"{final}: the checkpoint cannot be written ({error}); earlier ones are untouched") from error
@@ -107,11 +108,3 @@ def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """Steps and folders of the checkpoints, oldest first."""
     entries = folder.iterdir() if folder.is_dir() else ()
     return sorted((int(match[1]), path) for path in entries if (match := STEP.fullmatch(path.name)))
-
-
-def _force_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
