@@ -4,6 +4,8 @@ Shape letters: B batch, C channels, H and W height and width of the picture in p
 """
 
 import math
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +34,7 @@ class ParentsInitialize:
     """
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
-        super()._initialize_weights(module, is_custom_code=False)
+        super()._initialize_weights(module, is_custom_code=False)  # type: ignore[misc]  # PreTrainedModel's
 
 
 class ViTAdapterPreTrainedModel(ParentsInitialize, PreTrainedModel):
@@ -41,7 +43,7 @@ class ViTAdapterPreTrainedModel(ParentsInitialize, PreTrainedModel):
     config: ViTAdapterConfig
     base_model_prefix = "vit_adapter"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]
     supports_gradient_checkpointing = True
     _no_split_modules = ["ViTEmbeddings", "SpatialPrior", "ViTLayer", "Injector", "Extractor"]
     _supports_sdpa = True
@@ -95,7 +97,7 @@ class ViTAdapterPreTrainedModel(ParentsInitialize, PreTrainedModel):
                     _init_as_torch(layer)
 
 
-def _zero_bias(module: nn.Module) -> None:
+def _zero_bias(module: nn.Linear | nn.Conv2d | nn.ConvTranspose2d) -> None:
     if module.bias is not None:
         init.zeros_(module.bias)
 
@@ -130,8 +132,10 @@ class ViTAdapterBackbone(BackboneMixin, ViTAdapterPreTrainedModel):
         self.rotary_positions = RotaryPositions(config) if config.position_embedding_type == "rope" else None
         self.layers = nn.ModuleList(ViTLayer(config, index) for index in range(config.num_hidden_layers))
         self.spatial_prior = SpatialPrior(config)
-        last = len(config.interaction_indexes) - 1
-        self.stages = nn.ModuleList(
+        # First and last block of each stage; the configuration fills them in where they were None.
+        self.block_ranges = cast(Sequence[Sequence[int]], config.interaction_indexes)
+        last = len(self.block_ranges) - 1
+        self.stages: Any = nn.ModuleList(  # which cannot say that it holds AdapterStages
             AdapterStage(config, num_extractors=1 + (config.num_extra_extractors if stage == last else 0))
             for stage in range(last + 1)
         )
@@ -156,14 +160,15 @@ class ViTAdapterBackbone(BackboneMixin, ViTAdapterPreTrainedModel):
         grid = prior.grids[1]  # the ViT's patches have the stride of the prior's middle level
         tokens = self.embeddings(pixel_values, grid)
         rotation = self.rotary_positions and self.rotary_positions(grid, tokens.device, tokens.dtype)
-        for stage, (first, last) in zip(self.stages, self.config.interaction_indexes, strict=True):
+        for stage, (first, last) in zip(self.stages, self.block_ranges, strict=True):
             prefix, vit = self._split_prefix(tokens, grid)
             tokens = self._join_prefix(prefix, stage.inject(vit, prior))
             for layer in self.layers[first : last + 1]:
                 tokens = layer(tokens, grid, rotation, **kwargs)
             _, vit = self._split_prefix(tokens, grid)
             prior = stage.extract(prior, vit)
-        return BackboneOutput(feature_maps=self._feature_maps(finest, prior, vit))
+        maps = self._feature_maps(finest, prior, vit)
+        return BackboneOutput(feature_maps=maps)  # type: ignore[arg-type]  # transformers writes a tuple of one map
 
     def _split_prefix(self, tokens: Tensor, grid: Grid) -> tuple[Tensor, TokenPyramid]:
         prefix, patches = tokens.tensor_split([self.config.num_prefix_tokens], dim=1)

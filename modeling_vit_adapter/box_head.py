@@ -4,7 +4,7 @@ Shape letters: G objects of a picture, R regions of the batch, K classes. The ba
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -54,10 +54,11 @@ class BoxHead(nn.Module):
     def __init__(self, config: MaskRcnnConfig):
         super().__init__()
         self.config = config
+        self.num_classes = cast(int, config.num_labels)  # a detector's configuration names its classes
         self.fc1 = nn.Linear(config.fpn_channels * config.box_roi_size**2, config.box_head_dim)
         self.fc2 = nn.Linear(config.box_head_dim, config.box_head_dim)
-        self.class_scores = nn.Linear(config.box_head_dim, config.num_labels + 1)
-        self.box_deltas = nn.Linear(config.box_head_dim, 4 * config.num_labels)
+        self.class_scores = nn.Linear(config.box_head_dim, self.num_classes + 1)
+        self.box_deltas = nn.Linear(config.box_head_dim, 4 * self.num_classes)
 
     def forward(self, regions: Tensor) -> tuple[Tensor, Tensor]:
         """Pooled features (R, C, S, S) → scores (R, K + 1) before the softmax and deltas (R, K, 4), both at least in
@@ -105,7 +106,7 @@ class BoxHead(nn.Module):
         stds = deltas.new_tensor(self.config.box_delta_stds)
         first = 0
         for regions, boxes, labels in zip(sampled, objects, classes, strict=True):
-            true_class = labels.new_full((len(regions.boxes),), self.config.num_labels)
+            true_class = labels.new_full((len(regions.boxes),), self.num_classes)
             true_class[: len(regions.objects)] = labels[regions.objects]
             true_classes.append(true_class)
             positive.append(torch.arange(first, first + len(regions.objects), device=scores.device))

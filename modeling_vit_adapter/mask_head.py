@@ -4,6 +4,7 @@ Shape letters: G objects of a picture, R regions, K classes, S side of the poole
 """
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,8 @@ class MaskHead(nn.Module):
             nn.Conv2d(width, config.mask_channels, 3, padding=1) for width in widths[: config.mask_num_convs]
         )
         self.upsample = nn.ConvTranspose2d(widths[-1], config.mask_channels, 2, stride=2)
-        self.mask_logits = nn.Conv2d(config.mask_channels, config.num_labels, 1)
+        num_classes = cast(int, config.num_labels)  # a detector's configuration names its classes
+        self.mask_logits = nn.Conv2d(config.mask_channels, num_classes, 1)
 
     def forward(self, regions: Tensor, labels: Tensor) -> Tensor:
         """Pooled features (R, C, S, S) and classes (R,) → logits of those classes (R, T, T), at least in float32."""

@@ -8,7 +8,7 @@ predicted mask, G objects of a picture.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +64,7 @@ class MaskRcnnPreTrainedModel(ParentsInitialize, PreTrainedModel):
     config: MaskRcnnConfig
     base_model_prefix = "backbone"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False  # the losses are means: a Trainer divides them by its accumulation steps
     _supports_sdpa = True
@@ -92,7 +92,7 @@ class MaskRcnnPreTrainedModel(ParentsInitialize, PreTrainedModel):
                 _init(convolution, init.normal_, std=math.sqrt(2 / fan_out))
 
 
-def _init(layer: nn.Module, fill: Any, **arguments: float) -> None:
+def _init(layer: Any, fill: Any, **arguments: float) -> None:
     fill(layer.weight, **arguments)
     init.zeros_(layer.bias)
 
@@ -102,7 +102,7 @@ class MaskRcnnForInstanceSegmentation(MaskRcnnPreTrainedModel):
 
     def __init__(self, config: MaskRcnnConfig):
         super().__init__(config)
-        self.backbone = _build_backbone(config.backbone_config)
+        self.backbone = _build_backbone(cast(PreTrainedConfig, config.backbone_config))
         self.neck = FeaturePyramid(self.backbone.channels, config.fpn_channels, config.num_fpn_levels)
         self.rpn = RegionProposalNetwork(config)
         self.box_head = BoxHead(config)
@@ -140,11 +140,12 @@ class MaskRcnnForInstanceSegmentation(MaskRcnnPreTrainedModel):
         # Only now: a GPU is waited for at each look at values, which from here on happens anyway.
         image_sizes = _image_sizes(pixel_values, pixel_mask)
 
-        loss, loss_dict = None, None
+        loss: Tensor | None = None
+        loss_dict: dict[str, Tensor] | None = None
         if labels is not None:
-            _check_labels(labels, len(pixel_values), self.config.num_labels)
+            _check_labels(labels, len(pixel_values), self.box_head.num_classes)
             loss_dict = self._losses(pyramid, predictions, image_sizes, labels)
-            loss = sum(loss_dict.values())
+            loss = cast(Tensor, sum(loss_dict.values()))
 
         detections = {} if self.training else self._detections(pyramid, predictions, image_sizes)
         return MaskRcnnOutput(
@@ -252,11 +253,12 @@ class MaskRcnnForInstanceSegmentation(MaskRcnnPreTrainedModel):
                 )
 
 
-def _build_backbone(config: PreTrainedConfig) -> nn.Module:
+def _build_backbone(config: PreTrainedConfig) -> Any:
+    # Typed Any: there is no one type for a PreTrainedModel that is a BackboneMixin as well.
     # Our own class is built directly: as custom code on the Hub it is not registered with AutoBackbone, and its
     # configuration may come from another copy of the module, so that only the model type tells.
     ours = config.model_type == ViTAdapterConfig.model_type
-    return ViTAdapterBackbone(config) if ours else AutoBackbone.from_config(config)
+    return ViTAdapterBackbone(cast(ViTAdapterConfig, config)) if ours else AutoBackbone.from_config(config)
 
 
 def _image_sizes(pixel_values: Tensor, pixel_mask: Tensor | None) -> Tensor:

@@ -5,7 +5,7 @@ level.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -63,18 +63,19 @@ class RegionProposalNetwork(nn.Module):
     def forward(self, pyramid: Sequence[Tensor]) -> RpnPrediction:
         """Levels (B, C, H, W), finest first → predictions, at least in float32."""
         objectness, box_deltas, anchors = [], [], []
-        for feature, stride in zip(pyramid, self.config.anchor_strides, strict=True):
+        grids = [(feature.shape[-2], feature.shape[-1]) for feature in pyramid]
+        for feature, grid, stride in zip(pyramid, grids, self.config.anchor_strides, strict=True):
             hidden = self.convolution(feature).relu()
             objectness.append(self.objectness(hidden).permute(0, 2, 3, 1).flatten(1))
             box_deltas.append(self.box_deltas(hidden).permute(0, 2, 3, 1).flatten(1).unflatten(1, (-1, 4)))
             base = base_anchors(stride, self.config.anchor_scale, self.config.anchor_ratios, feature.device)
-            anchors.append(grid_anchors(tuple(feature.shape[-2:]), stride, base))
+            anchors.append(grid_anchors(grid, stride, base))
         precision = torch.promote_types(pyramid[0].dtype, torch.float32)
         return RpnPrediction(
             torch.cat(objectness, dim=1).to(precision),
             torch.cat(box_deltas, dim=1).to(precision),
             torch.cat(anchors).to(precision),
-            [tuple(feature.shape[-2:]) for feature in pyramid],
+            grids,
         )
 
     @torch.no_grad()
@@ -124,7 +125,9 @@ class RegionProposalNetwork(nn.Module):
             objects: Boxes (G, 4) of each picture's objects.
         """
         stds = prediction.box_deltas.new_ones(4)
-        classification, regression, count = 0, 0, 0
+        classification: Any = 0  # a tensor from the first picture on, as the regression
+        regression: Any = 0
+        count = 0
         for logits, deltas, size, boxes in zip(
             prediction.objectness, prediction.box_deltas, image_sizes, objects, strict=True
         ):

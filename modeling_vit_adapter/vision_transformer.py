@@ -4,7 +4,8 @@ Shape letters: B batch, N patch tokens, P prefix (class and register) tokens, C 
 head. Prefix tokens, where a model keeps any, stand in front of the patch tokens.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -56,7 +57,7 @@ class ViTEmbeddings(nn.Module):
             tokens = tokens + self.interpolate_positions(grid)
         if not self.num_prefix_tokens:
             return tokens
-        prefix = self.prefix_tokens
+        prefix: Tensor = self.prefix_tokens
         if self.position_embeddings is not None:  # only the class token, the first, has a position
             prefix = torch.cat([prefix[:, :1] + self.position_embeddings[:, :1], prefix[:, 1:]], dim=1)
         return torch.cat([prefix.expand(len(tokens), -1, -1), tokens], dim=1)
@@ -183,9 +184,10 @@ class MLP(nn.Module):
 
     def __init__(self, config: ViTAdapterConfig):
         super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        inner_size = cast(int, config.intermediate_size)  # derived by the configuration where it was None
+        self.fc1 = nn.Linear(config.hidden_size, inner_size)
         self.activation = ACT2FN[config.hidden_act]
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.fc2 = nn.Linear(inner_size, config.hidden_size)
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.fc2(self.activation(self.fc1(tokens)))
@@ -196,9 +198,10 @@ class SwiGLU(nn.Module):
 
     def __init__(self, config: ViTAdapterConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+        inner_size = cast(int, config.intermediate_size)  # derived by the configuration where it was None
+        self.gate_proj = nn.Linear(config.hidden_size, inner_size)
+        self.up_proj = nn.Linear(config.hidden_size, inner_size)
+        self.down_proj = nn.Linear(inner_size, config.hidden_size)
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(tokens)) * self.up_proj(tokens))
@@ -237,9 +240,12 @@ class ViTLayer(GradientCheckpointingLayer):
         index: Position of the block in the transformer: it decides on window and drop path.
     """
 
+    layer_scale1: nn.Module
+    layer_scale2: nn.Module
+
     def __init__(self, config: ViTAdapterConfig, index: int):
         super().__init__()
-        window = config.window_sizes[index]
+        window = cast(Sequence[int], config.window_sizes)[index]  # filled by the configuration where it was None
         self.num_untouched_tokens = config.num_prefix_tokens if window else 0
         self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.attention = ViTAttention(config, window)

@@ -8,7 +8,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -40,9 +40,10 @@ def load_detector(model: str, device: str) -> Detector:
         config = MaskRcnnConfig.get_config_dict(model)[0]
         if config.get("model_type") != MaskRcnnConfig.model_type:
             raise ValueError(f"{model}: the model is of type {config.get('model_type')}, but a detector was expected")
-        detector, report = MaskRcnnForInstanceSegmentation.from_pretrained(
+        loaded: Any = MaskRcnnForInstanceSegmentation.from_pretrained(
             model, output_loading_info=True, ignore_mismatched_sizes=True
         )
+        detector, report = loaded  # a pair, with output_loading_info
         processor = MaskRcnnImageProcessor.from_pretrained(model)
     except (OSError, RuntimeError, StrictDataclassError, SafetensorError) as error:
         place = (
@@ -71,9 +72,10 @@ def predict(arguments: argparse.Namespace) -> None:
         for path in paths:
             load_image(path)
     detector, processor = load_detector(arguments.model, arguments.device)
-    names = detector.config.id2label
+    names = cast(dict[int, str], detector.config.id2label)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    pictures, annotations = [], []
+    pictures: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for image_id, path in enumerate(tqdm(arguments.images, desc="predicting"), start=1):
         image = load_image(path)
         found = detect(detector, processor, image, arguments.threshold)
@@ -148,7 +150,8 @@ def info(arguments: argparse.Namespace) -> None:
     """Says what a model is, and which implementation of the deformable attention runs here and why."""
     if arguments.model is not None:
         detector, processor = load_detector(arguments.model, "cpu")
-        config, backbone = detector.config, detector.config.backbone_config
+        config: Any = detector.config  # transformers' types allow for configurations without classes
+        backbone = config.backbone_config
         total, own = (sum(p.numel() for p in module.parameters()) for module in (detector, detector.backbone))
         size = processor.size
         print(f"{arguments.model}: Mask R-CNN on {backbone.model_type}")
