@@ -284,13 +284,13 @@ def _check_labels(labels: Labels, batch: int, num_classes: int) -> None:
     if len(labels) != batch:
         raise ValueError(f"There are labels for {len(labels)} pictures, but pixel_values holds {batch}.")
     for picture, label in enumerate(labels):
-        if not {"boxes", "class_labels"} <= label.keys() or not {"masks", "polygons"} & label.keys():
+        boxes, classes = label.get("boxes"), label.get("class_labels")
+        masks = label.get("polygons", label.get("masks", () if classes is not None and len(classes) == 0 else None))
+        if boxes is None or classes is None or masks is None:
             raise ValueError(
-                f"The labels of picture {picture} hold {', '.join(sorted(label))}, but boxes, class_labels, and masks "
-                "or polygons were expected, empty ones where there are no objects."
+                f"The labels of picture {picture} hold {', '.join(sorted(label))}, but boxes, class_labels, and where "
+                "there are objects masks or polygons were expected."
             )
-        boxes, classes = label["boxes"], label["class_labels"]
-        masks = label["polygons"] if "polygons" in label else label["masks"]
         if boxes.shape != (len(classes), 4) or len(masks) != len(classes):
             raise ValueError(
                 f"The labels of picture {picture} hold boxes {tuple(boxes.shape)}, {len(masks)} masks and "

@@ -310,11 +310,16 @@ def test_labels_that_contradict_each_other_are_named(change, sentence, small_det
         small_detector(torch.zeros(1, 3, 64, 96), labels=[{**labels_of(2)[0], **change}])
 
 
+def test_a_picture_without_objects_needs_no_masks(small_detector):
+    nothing = {"boxes": torch.zeros(0, 4), "class_labels": torch.zeros(0, dtype=torch.long)}
+    assert small_detector.train()(torch.randn(1, 3, 64, 96), labels=[nothing]).loss.isfinite()
+
+
 @pytest.mark.parametrize("missing", ["boxes", "class_labels", "masks"])
 def test_labels_that_lack_a_part_are_named(missing, small_detector):
     (label,) = labels_of(2)
     del label[missing]
-    with pytest.raises(ValueError, match=r"picture 0 hold .*, but boxes, class_labels, and masks or polygons"):
+    with pytest.raises(ValueError, match=r"picture 0 hold .*, but boxes, class_labels, and where there are objects"):
         small_detector(torch.zeros(1, 3, 64, 96), labels=[label])
 
 
