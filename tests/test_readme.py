@@ -5,9 +5,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-import torch
 
-from vit_adapter import MaskRcnnConfig, MaskRcnnForInstanceSegmentation, MaskRcnnImageProcessor, ViTAdapterConfig
 from vit_adapter.cli import build_parser
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,18 +19,10 @@ SHELL = [
 
 
 @pytest.fixture
-def workplace(tmp_path, monkeypatch) -> Path:
+def workplace(tmp_path, monkeypatch, detector_folder) -> Path:
     """A folder like the repository's, with a small detector in place of the one that `make train` writes."""
-    torch.manual_seed(0)
-    backbone = ViTAdapterConfig(
-        hidden_size=24, num_hidden_layers=4, num_attention_heads=2, deformable_num_heads=2, image_size=64,
-        spatial_prior_channels=8, out_indices=[1, 2, 3, 4],
-    )  # fmt: skip
-    config = MaskRcnnConfig(backbone_config=backbone, fpn_channels=16, rpn_channels=16, box_head_dim=32)
-    MaskRcnnForInstanceSegmentation(config).save_pretrained(tmp_path / "runs/sample/model")
-    MaskRcnnImageProcessor(size={"shortest_edge": 96, "longest_edge": 160}).save_pretrained(
-        tmp_path / "runs/sample/model"
-    )
+    (tmp_path / "runs" / "sample").mkdir(parents=True)
+    (tmp_path / "runs" / "sample" / "model").symlink_to(detector_folder)
     (tmp_path / "training").symlink_to(ROOT / "training")
     monkeypatch.chdir(tmp_path)
     return tmp_path

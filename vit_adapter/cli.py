@@ -6,6 +6,7 @@ Exit codes: 0, 1 where weights do not cover a model, 2 where the input is at fau
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -74,6 +75,7 @@ def predict(arguments: argparse.Namespace) -> None:
     detector, processor = load_detector(arguments.model, arguments.device)
     names = cast(dict[int, str], detector.config.id2label)
     arguments.out.mkdir(parents=True, exist_ok=True)
+    pictures_of = Counter(path.stem for path in arguments.images)
     pictures: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for image_id, path in enumerate(tqdm(arguments.images, desc="predicting"), start=1):
@@ -83,7 +85,8 @@ def predict(arguments: argparse.Namespace) -> None:
         for instance in found:
             place = {"id": len(annotations) + 1, "image_id": image_id, "iscrowd": 0}
             annotations.append({**place, "area": area_of(instance), **instance})
-        draw_instances(image, found, names).save(arguments.out / drawing_name(path, image_id, arguments.images))
+        drawing = f"{path.stem}.png" if pictures_of[path.stem] == 1 else f"{path.stem}-{image_id}.png"
+        draw_instances(image, found, names).save(arguments.out / drawing)
     categories = [{"id": label, "name": name} for label, name in names.items()]
     content = {"images": pictures, "categories": categories, "annotations": annotations}
     with new_file(arguments.out / "predictions.json") as unfinished:
@@ -106,12 +109,6 @@ def area_of(instance: dict[str, Any]) -> int:
     from pycocotools import mask as coco_mask
 
     return int(coco_mask.area(instance["segmentation"]))
-
-
-def drawing_name(path: Path, image_id: int, paths: Sequence[Path]) -> str:
-    """The picture's own name as PNG; with its number where several pictures share it."""
-    shared = sum(other.stem == path.stem for other in paths) > 1
-    return f"{path.stem}-{image_id}.png" if shared else f"{path.stem}.png"
 
 
 def evaluate(arguments: argparse.Namespace) -> None:

@@ -22,6 +22,7 @@
 #include <vector>
 
 #include "arguments.h"
+#include "operators.h"
 #include "sampling.h"
 #include "vectors.h"
 
@@ -488,38 +489,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> run_backward(
   return {gradients.value.to(value.scalar_type()), gradients.places, gradients.weights};
 }
 
-at::Tensor ms_deform_attn(
-    const at::Tensor& value, const at::Tensor& offsets, const at::Tensor& logits, at::IntArrayRef source_grids,
-    at::IntArrayRef query_grids, int64_t points) {
-  return run_forward(problem_of(value, offsets, logits, source_grids, query_grids, points), value, offsets, logits);
-}
-
-std::tuple<at::Tensor, at::Tensor, at::Tensor> ms_deform_attn_backward(
-    const at::Tensor& grad_output, const at::Tensor& value, const at::Tensor& offsets, const at::Tensor& logits,
-    at::IntArrayRef source_grids, at::IntArrayRef query_grids, int64_t points) {
-  const Problem problem = problem_of(value, offsets, logits, source_grids, query_grids, points);
-  return run_backward(problem, grad_output, value, offsets, logits);
-}
-
-at::Tensor ms_deform_attn_sample(
-    const at::Tensor& value, const at::Tensor& locations, const at::Tensor& weights, at::IntArrayRef source_grids) {
-  return run_forward(
-      problem_of(value, locations, weights, source_grids, std::nullopt, 0), value, locations, weights);
-}
-
-std::tuple<at::Tensor, at::Tensor, at::Tensor> ms_deform_attn_sample_backward(
-    const at::Tensor& grad_output, const at::Tensor& value, const at::Tensor& locations, const at::Tensor& weights,
-    at::IntArrayRef source_grids) {
-  const Problem problem = problem_of(value, locations, weights, source_grids, std::nullopt, 0);
-  return run_backward(problem, grad_output, value, locations, weights);
-}
-
 }  // namespace
 }  // namespace vit_adapter
 
 TORCH_LIBRARY_IMPL(vit_adapter, CPU, library) {
-  library.impl("ms_deform_attn", &vit_adapter::ms_deform_attn);
-  library.impl("ms_deform_attn_backward", &vit_adapter::ms_deform_attn_backward);
-  library.impl("ms_deform_attn_sample", &vit_adapter::ms_deform_attn_sample);
-  library.impl("ms_deform_attn_sample_backward", &vit_adapter::ms_deform_attn_sample_backward);
+  vit_adapter::Operators<vit_adapter::run_forward, vit_adapter::run_backward>::register_in(library);
 }
