@@ -62,7 +62,7 @@ def sample_coco() -> Path:
 @pytest.fixture(scope="session")
 def detector_folder(tmp_path_factory, sample_coco) -> Path:
     """A detector with random weights for the classes of the bundled pictures, which it sees very small."""
-    from vit_adapter.training.data import open_coco
+    from vit_adapter.training.coco_index import open_coco
 
     torch.manual_seed(0)
     index = open_coco(sample_coco / "annotations" / "instances_val2017.json", tmp_path_factory.mktemp("cache"))

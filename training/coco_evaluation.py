@@ -19,7 +19,7 @@ from pycocotools.cocoeval import COCOeval
 
 from vit_adapter.modeling_vit_adapter.image_processing import MaskRcnnImageProcessor
 from vit_adapter.modeling_vit_adapter.mask_rcnn import MaskRcnnForInstanceSegmentation
-from vit_adapter.training.data import CocoIndex, read_picture
+from vit_adapter.training.coco_index import CocoIndex, read_picture
 
 DETECTION_LIMITS = [100, 300, 1000]
 AREAS = ("all", "small", "medium", "large")

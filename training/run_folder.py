@@ -19,7 +19,7 @@ from vit_adapter.conversion.model_folder import new_file, new_folder
 from vit_adapter.modeling_vit_adapter.image_processing import MaskRcnnImageProcessor
 from vit_adapter.training.checkpointing import newest_checkpoint
 from vit_adapter.training.coco_evaluation import best_line
-from vit_adapter.training.data import CocoIndex, read_picture
+from vit_adapter.training.coco_index import CocoIndex, read_picture
 from vit_adapter.training.recipe import Recipe
 from vit_adapter.training.visualization import draw_instances, draw_loss_curve, side_by_side
 

@@ -26,7 +26,8 @@ from vit_adapter.training.checkpointing import (
     seed_step,
 )
 from vit_adapter.training.coco_evaluation import best_line, detect, evaluate_results
-from vit_adapter.training.data import CocoIndex, TrainingBatches, TrainingPictures, collate, find_pictures, open_coco
+from vit_adapter.training.coco_index import CocoIndex, find_pictures, open_coco
+from vit_adapter.training.data import TrainingBatches, TrainingPictures, collate
 from vit_adapter.training.optimization import learning_rate_factor, parameter_groups
 from vit_adapter.training.recipe import Recipe
 from vit_adapter.training.run_folder import RunFolder, model_card

@@ -115,7 +115,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     """Measures a detector's box and mask AP on a COCO data set, over all and for each class."""
     from .training.coco_evaluation import best_line, evaluate_results
     from .training.coco_evaluation import detect as detect_in_dataset
-    from .training.data import find_pictures, open_coco
+    from .training.coco_index import find_pictures, open_coco
 
     index = open_coco(arguments.annotations)
     root = find_pictures(index, arguments.images)

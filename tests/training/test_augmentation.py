@@ -7,7 +7,7 @@ from pycocotools import mask as coco_mask
 
 from vit_adapter.modeling_vit_adapter.masks import decode_segmentation, resize_mask, segmentation_as_rle
 from vit_adapter.training.augmentation import Crop, Flip, OneOf, Resize, apply, masks_of, parse_steps, view_of
-from vit_adapter.training.data import open_coco, read_picture, trainable_objects
+from vit_adapter.training.coco_index import open_coco, read_picture, trainable_objects
 from vit_adapter.training.recipe import load_recipe
 
 MASK_SIZE = [5, 8]

@@ -7,7 +7,7 @@ import pytest
 
 from vit_adapter.modeling_vit_adapter.masks import encode_mask
 from vit_adapter.training.coco_evaluation import best_line, evaluate_results
-from vit_adapter.training.data import open_coco
+from vit_adapter.training.coco_index import open_coco
 
 HEIGHT, WIDTH = 120, 200
 

@@ -8,16 +8,8 @@ import torch
 from PIL import Image
 
 from vit_adapter.training.augmentation import Resize
-from vit_adapter.training.data import (
-    TrainingBatches,
-    TrainingPictures,
-    collate,
-    find_pictures,
-    open_coco,
-    orientation_batches,
-    read_picture,
-    trainable_objects,
-)
+from vit_adapter.training.coco_index import find_pictures, open_coco, read_picture, trainable_objects
+from vit_adapter.training.data import TrainingBatches, TrainingPictures, collate, orientation_batches
 
 SQUARE = [[2, 2, 12, 2, 12, 12, 2, 12]]
 
